@@ -1,0 +1,31 @@
+"""fastres: one call makes a residual network faster, and proves that its numbers did not change.
+
+    import fastres
+    report = fastres.fuse_(model)      # in place; fastres.unfuse_(model) gives it back
+    print(report)
+
+fastres.functional has the fused functions, fastres.nn modules of them, fastres.models residual networks, fastres.verify the proof.
+"""
+
+from fastres import config, functional, nn
+from fastres import ops as _ops
+from fastres.explain import explain
+from fastres.fuse import disabled, fuse_, refresh_, unfuse_
+from fastres.kernels.table import use_kernels
+from fastres.report import ExplainReport, FuseReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExplainReport",
+    "FuseReport",
+    "config",
+    "disabled",
+    "explain",
+    "functional",
+    "fuse_",
+    "nn",
+    "refresh_",
+    "unfuse_",
+    "use_kernels",
+]

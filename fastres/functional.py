@@ -1,0 +1,347 @@
+"""Fused functions: arguments checked, one op called. The counterpart of torch.nn.functional for this library.
+
+All take activations [N, C, H, W] in float32, bfloat16, float16 or float64, contiguous or channels_last (fast), any batch size, and
+are differentiable. `act` is "relu" or "identity". Errors have eager's types: ValueError for a wrong rank, a bad eps or too few
+values a channel, NotImplementedError for a dtype without batch norm, RuntimeError for shapes, dtypes or devices that do not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastres import ops
+from fastres.ops.bn_act_maxpool import pooled
+
+_ACTIVATIONS = {"relu": True, "identity": False}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def bn_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Batch norm, then the residual, then the activation: act(batch_norm(x) + residual).
+
+    Args:
+        x: [N, C, H, W].
+        running_mean, running_var: [C]; updated in place once if `training`; None, None for none.
+        weight, bias: [C] or None for ones and zeros.
+        residual: like x.
+        training: use the statistics of this batch (biased variance; the running one is unbiased).
+        momentum: share of the new statistics in the running ones.
+        eps: added to the variance.
+        act: "relu" or "identity".
+        num_batches_tracked: if given, 1 / num_batches_tracked is used as momentum (cumulative average); read on its device.
+
+    Returns:
+        [N, C, H, W] in x's dtype and layout.
+
+    Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); He et al. 2015 (arXiv 1512.03385), equation 1.
+    """
+    relu = _relu(act)
+    _check_input(x)
+    _check_batch_norm(x, x.shape[1], running_mean, running_var, weight, bias, training, eps)
+    if training:
+        _check_values_per_channel(x.shape)
+    _check_residual(residual, x.shape, x)
+    y, mean, var, _ = ops.bn_act.call(
+        x, weight, bias, running_mean, running_var, residual, training, eps, relu, _needs_mask(relu, residual, x, weight, bias)
+    )
+    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, x.numel() // max(x.shape[1], 1))
+    return y
+
+
+def add_act(x: Tensor, residual: Tensor, *, act: str = "relu") -> Tensor:
+    """act(x + residual) for two tensors [N, C, H, W] of one shape and dtype; the result has x's layout."""
+    relu = _relu(act)
+    _check_input(x)
+    _check_residual(residual, x.shape, x)
+    return ops.add_act.call(x, residual, relu)
+
+
+def conv_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    act: str = "relu",
+) -> Tensor:
+    """act(conv2d(x, weight) + bias + residual): what a block is in inference once batch norm is folded into the convolution.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [K, C / groups, R, S]; bias: [K] or None.
+        residual: like the output [N, K, OH, OW].
+        stride, padding, dilation, groups: as in torch.nn.functional.conv2d, numbers or pairs.
+
+    Returns:
+        [N, K, OH, OW], channels_last if x or weight is.
+    """
+    relu = _relu(act)
+    _check_input(x)
+    geometry = _geometry(stride, padding, dilation, groups)
+    shape = check_convolution(x, weight, bias, geometry)
+    _check_residual(residual, shape, x)
+    return ops.conv_bias_act.call(x, weight, bias, residual, *geometry, relu)
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    conv_bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """act(batch_norm(conv2d(x)) + residual). Arguments as in :func:`conv_bias_act` and :func:`bn_act`.
+
+    With running statistics and no gradient wanted, batch norm is folded into the convolution on the fly.
+    """
+    relu = _relu(act)
+    _check_input(x)
+    geometry = _geometry(stride, padding, dilation, groups)
+    shape = check_convolution(x, conv_weight, conv_bias, geometry)
+    _check_batch_norm(x, shape[1], running_mean, running_var, weight, bias, training, eps)
+    if training:
+        _check_values_per_channel(shape)
+    _check_residual(residual, shape, x)
+    gradient = _wants_gradient(x, conv_weight, conv_bias, weight, bias, residual)
+    if not training and not gradient and x.dtype is torch.float32:
+        assert running_mean is not None and running_var is not None
+        folded = fold(conv_weight, conv_bias, running_mean, running_var, weight, bias, eps)
+        return ops.conv_bias_act.call(x, *folded, residual, *geometry, relu)
+    y, _, mean, var, _ = ops.conv_bn_act.call(
+        x,
+        conv_weight,
+        conv_bias,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        residual,
+        *geometry,
+        training,
+        eps,
+        relu,
+        gradient and relu and residual is not None,
+    )
+    count = shape[0] * shape[2] * shape[3]
+    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
+    return y
+
+
+def bn_act_maxpool(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+    num_batches_tracked: Tensor | None = None,
+    kernel_size: int = 3,
+    stride: int = 2,
+    padding: int = 1,
+) -> Tensor:
+    """max_pool2d(act(batch_norm(x))): the tail of a ResNet's stem. Batch-norm arguments as in :func:`bn_act`.
+
+    Args:
+        kernel_size, stride, padding: of the pooling; kernel_size <= 15, padding <= kernel_size / 2, and at most 4 windows over a
+            pixel along an axis.
+
+    Returns:
+        [N, C, OH, OW] in x's dtype and layout.
+    """
+    relu = _relu(act)
+    _check_input(x)
+    _check_batch_norm(x, x.shape[1], running_mean, running_var, weight, bias, training, eps)
+    if not 1 <= kernel_size <= 15 or stride < 1 or -(-kernel_size // stride) > 4:
+        raise RuntimeError(f"bn_act_maxpool: unsupported window: kernel_size {kernel_size}, stride {stride}")
+    if not 0 <= padding <= kernel_size // 2:
+        raise RuntimeError(f"pad should be at most half of effective kernel size, but got pad={padding}, kernel_size={kernel_size}")
+    if training:
+        _check_values_per_channel(x.shape)
+    if pooled(x.shape[2], kernel_size, stride, padding) < 1 or pooled(x.shape[3], kernel_size, stride, padding) < 1:
+        raise RuntimeError(f"bn_act_maxpool: output size is too small for an input of {tuple(x.shape)}")
+    y, mean, var, _ = ops.bn_act_maxpool.call(
+        x, weight, bias, running_mean, running_var, training, eps, relu, kernel_size, stride, padding
+    )
+    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, x.numel() // max(x.shape[1], 1))
+    return y
+
+
+def fold(
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Batch norm with running statistics folded into a convolution, in float32 at least.
+
+    scale = weight / sqrt(running_var + eps); returns conv_weight * scale and (conv_bias - running_mean) * scale + bias.
+    """
+    dtype = torch.promote_types(conv_weight.dtype, torch.float32)
+    scale = (running_var.double() + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -running_mean if conv_bias is None else conv_bias - running_mean
+    shift = shift * scale if bias is None else shift * scale + bias
+    return (conv_weight * scale.reshape(-1, 1, 1, 1)).to(dtype), shift.to(dtype)
+
+
+def _relu(act: str) -> bool:
+    if act not in _ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {act!r}")
+    return _ACTIVATIONS[act]
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _needs_mask(relu: bool, residual: Tensor | None, *tensors: Tensor | None) -> bool:
+    return relu and residual is not None and _wants_gradient(residual, *tensors)
+
+
+def _pair(value: int | Sequence[int], name: str) -> list[int]:
+    if isinstance(value, int):
+        return [value, value]
+    if isinstance(value, str) or len(value) != 2:
+        raise ValueError(f"{name} must be a number or a pair of numbers, got {value!r}")
+    return list(value)
+
+
+def _geometry(stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], groups: int) -> tuple:
+    return _pair(stride, "stride"), _pair(padding, "padding"), _pair(dilation, "dilation"), groups
+
+
+def _check_input(x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+    if x.dtype not in _DTYPES:
+        raise NotImplementedError(f'"batch_norm" not implemented for {x.dtype}')
+
+
+def _check_values_per_channel(shape: Sequence[int]) -> None:
+    if shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
+
+
+def _check_batch_norm(
+    x: Tensor,
+    channels: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    if eps < 0 or (training and eps == 0):
+        rule = "positive during training" if training else "non-negative"
+        raise ValueError(f"batch_norm eps must be {rule}, but got {eps}")
+    if training and (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    names = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, t in names.items():
+        if t is None:
+            if not training and name.startswith("running"):
+                raise RuntimeError(f"{name} must be defined in evaluation mode")
+            continue
+        if t.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {t.numel()}")
+        if t.device != x.device:
+            raise RuntimeError(f"Expected all tensors to be on the same device, but x is on {x.device} and {name} on {t.device}")
+        # Half-precision activations may have fp32 parameters (autocast); nothing else may be mixed.
+        if t.dtype is not x.dtype and (t.dtype is not torch.float32 or x.dtype is torch.float64):
+            raise RuntimeError(f"mixed dtype: expect {name} to be {x.dtype} or, with a half-precision input, float32; got {t.dtype}")
+
+
+def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> tuple[int, int, int, int]:
+    """The shape of the convolution's output; RuntimeError if the arguments do not fit."""
+    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), groups = geometry
+    if weight.dim() != 4:
+        raise RuntimeError(f"expected a 4D convolution weight, got {weight.dim()}D")
+    k, c, r, s = weight.shape
+    if x.shape[1] != c * groups or k % groups:
+        raise RuntimeError(
+            f"Given groups={groups}, weight of size {list(weight.shape)}, expected input{list(x.shape)} to have "
+            f"{c * groups} channels, but got {x.shape[1]} channels instead"
+        )
+    cast = torch.is_autocast_enabled(x.device.type)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype is not x.dtype and not cast:
+            raise RuntimeError(f"Input type ({x.dtype}) and {name} type ({t.dtype}) should be the same")
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"Expected all tensors to be on the same device, but x is on {x.device} and {name} on {t.device}")
+    if bias is not None and bias.numel() != k:
+        raise RuntimeError(f"expected bias to be 1-dimensional with {k} elements, got {list(bias.shape)}")
+    out_h = (x.shape[2] + 2 * pad_h - dilation_h * (r - 1) - 1) // stride_h + 1
+    out_w = (x.shape[3] + 2 * pad_w - dilation_w * (s - 1) - 1) // stride_w + 1
+    if out_h < 1 or out_w < 1:
+        raise RuntimeError(
+            f"Calculated padded input size per channel: ({x.shape[2] + 2 * pad_h} x {x.shape[3] + 2 * pad_w}). "
+            f"Kernel size: ({r} x {s}). Kernel size can't be greater than actual input size"
+        )
+    return x.shape[0], k, out_h, out_w
+
+
+def _check_residual(residual: Tensor | None, shape: Sequence[int], x: Tensor) -> None:
+    if residual is None:
+        return
+    if tuple(residual.shape) != tuple(shape):
+        raise RuntimeError(f"residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}")
+    if residual.device != x.device:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but x is on {x.device} and residual on {residual.device}")
+    if residual.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError(f"residual must have the input's dtype {x.dtype}, got {residual.dtype}")
+
+
+def _update(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    training: bool,
+    count: int,
+) -> None:
+    if training and running_mean is not None and running_var is not None:
+        ops.update_running_stats.op(running_mean, running_var, mean, var, num_batches_tracked, momentum, count)

@@ -1,0 +1,161 @@
+"""fuse_: swaps the classes of the blocks it knows, in place; unfuse_ swaps them back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastres import sites
+from fastres.recipes import fused_class
+from fastres.recipes.residual import FusedModule
+from fastres.report import FuseReport, Row
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish)
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (nn.modules.conv._ConvNd, "conv"),
+    (nn.modules.batchnorm._NormBase, "bn"),
+    (_ACTIVATIONS, "act"),
+    (nn.modules.pooling._MaxPoolNd, "pool"),
+)
+
+
+def fuse_(model: nn.Module) -> FuseReport:
+    """Lets the residual blocks of `model` run fused, in training and inference. In place, idempotent, undone by `unfuse_`.
+
+    Only classes are swapped: every child, parameter, buffer, hook and state_dict key stays. At each call the block decides whether
+    the fast path is legal now; where it is not, its original forward runs.
+
+    Args:
+        model: any module. fastres.models and torchvision's ResNet, ResNeXt and Wide ResNet are known; the rest is left alone.
+
+    Returns:
+        A report with a row for every convolution, batch norm, activation, addition and pooling: fused, or why not.
+
+    Raises:
+        TypeError: if model is not an nn.Module. A call that raises leaves the model as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse_ takes an nn.Module, got {type(model).__name__}")
+    planned = plan(model)
+    done: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for module, new in planned.swaps:
+            done.append((module, type(module)))
+            module.__class__ = new
+    except BaseException:
+        for module, old in done:
+            module.__class__ = old
+        raise
+    return FuseReport([row for row, _ in planned.rows])
+
+
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Gives every swapped block of `model` its own class back and drops folded weights. Returns `model`."""
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            module.__class__ = module.unfused_class()
+    sites.forget(model)
+    return model
+
+
+def refresh_(model: nn.Module) -> nn.Module:
+    """Drops the folded weights of `model`: the next inference call folds anew. Needed only after writing to a few single values of
+    a weight behind autograd's back (through `.data`, NumPy or a raw pointer); every other change is noticed. Returns `model`."""
+    sites.forget(model)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the `with` block every module of `model` runs its original forward (for torch.jit, ONNX export, comparisons)."""
+    swapped = [(module, type(module)) for module in model.modules() if isinstance(module, FusedModule)]
+    unfuse_(model)
+    try:
+        yield model
+    finally:
+        for module, cls in swapped:
+            module.__class__ = cls
+
+
+@dataclass
+class Plan:
+    """What fuse_ would do to a model: the swaps, and for each row the module whose fast path covers it."""
+
+    swaps: list[tuple[nn.Module, type[nn.Module]]]
+    rows: list[tuple[Row, nn.Module | None]]
+
+
+def plan(model: nn.Module) -> Plan:
+    """Looks at every module of `model` and changes nothing."""
+    swaps: list[tuple[nn.Module, type[nn.Module]]] = []
+    additions: list[tuple[Row, nn.Module | None]] = []
+    claimed: dict[nn.Module, tuple[Row, nn.Module | None]] = {}
+    for name, module in model.named_modules():
+        fused = isinstance(module, FusedModule)
+        new = type(module) if fused else fused_class(type(module))
+        if new is None:
+            continue
+        reason = None if fused else _unlike_recipe(module, new)
+        _claim(name, module, new, reason, claimed, additions)
+        if reason is None and not fused:
+            swaps.append((module, new))
+    rows = [
+        claimed.get(module) or (Row(name, kind, False, _unclaimed(model, name)), None)
+        for name, module in model.named_modules()
+        if (kind := kind_of(module))
+    ]
+    return Plan(swaps, rows + additions)
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """"conv", "bn", "act" or "pool", or None for any other module."""
+    return next((kind for types, kind in _KINDS if isinstance(module, types)), None)
+
+
+def _unlike_recipe(module: nn.Module, new: type[nn.Module]) -> str | None:
+    """Why a block of a known class cannot be swapped: it does not run the forward the recipe was written for."""
+    if "forward" in module.__dict__:
+        return "the block has its own forward"
+    method = getattr(type(module), new.forward_method, None)
+    code = getattr(method, "__code__", None)
+    if code is None or set(code.co_names) != new.forward_names:
+        return f"{type(module).__name__}.{new.forward_method} is not the one the recipe was written for"
+    missing = [child for child in new.fused_children if not isinstance(getattr(module, child, None), nn.Module)]
+    return f"no child module {missing[0]}" if missing else None
+
+
+def _claim(
+    name: str,
+    block: nn.Module,
+    new: Any,
+    reason: str | None,
+    claimed: dict[nn.Module, tuple[Row, nn.Module | None]],
+    additions: list[tuple[Row, nn.Module | None]],
+) -> None:
+    """Notes the rows of the children that a block's fused forward takes over."""
+    prefix = f"{name}." if name else ""
+    children = {f"{prefix}{child}": getattr(block, child) for child in new.fused_children if hasattr(block, child)}
+    main = reason or next(filter(None, map(sites.child_blocked, children.values())), None)
+    for path, child in children.items():
+        claimed[child] = (Row(path, kind_of(child) or "act", main is None, main or ""), block)
+    downsample = getattr(block, "downsample", None)
+    if type(downsample) is nn.Sequential and len(downsample) == 2 and kind_of(downsample[0]) == "conv":
+        why = reason or next(filter(None, map(sites.child_blocked, downsample)), None)
+        for i, child in enumerate(downsample):
+            row = Row(f"{prefix}downsample.{i}", kind_of(child) or "act", why is None, why or "")
+            claimed[child] = (row, downsample)
+    if new.adds:
+        additions.append((Row(name, "add", main is None, main or ""), block))
+
+
+def _unclaimed(model: nn.Module, name: str) -> str:
+    if not name:
+        return "a single module"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, FusedModule) or fused_class(type(parent)):
+        return "runs as it is: its output is what the fused part takes"
+    return f"inside {type(parent).__name__}, which no recipe covers"

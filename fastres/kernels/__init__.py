@@ -1,0 +1,1 @@
+"""Kernels and the table that says which one serves which op."""

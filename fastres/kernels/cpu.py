@@ -1,0 +1,161 @@
+"""The C++ kernels (csrc/cpu): arguments put into the form they take, and why they do not serve a call.
+
+They take fp32, bf16 and fp16 activations, dense in NCHW or NHWC order, fp32 weights and biases, float64 statistics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres import layout
+from fastres.kernels import extension
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable() -> str | None:
+    return extension.load_error()
+
+
+def why_not(x: Tensor, *args: Any) -> str | None:
+    if x.dtype not in _DTYPES:
+        return f"{x.dtype} activations"
+    if x.numel() == 0:
+        return "empty batch"
+    return None
+
+
+def conv_bn_act_why_not(x: Tensor, conv_weight: Tensor, *args: Any) -> str | None:
+    if x.dtype is not conv_weight.dtype:
+        return f"{x.dtype} input, {conv_weight.dtype} weight"
+    return why_not(x)
+
+
+def conv_bn_act_backward_why_not(grad_y: Tensor, x: Tensor, conv_weight: Tensor, raw: Tensor, *args: Any) -> str | None:
+    return why_not(raw)
+
+
+def _float(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+def _double(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.double().contiguous()
+
+
+def bn_act(
+    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, residual: Tensor | None, training: bool, eps: float, relu: bool, save_mask: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = layout.dense(x)
+    channels_last = layout.is_channels_last(x)
+    residual = None if residual is None else layout.like(residual, channels_last)
+    mean, var = (None, None) if training else (_double(mean), _double(var))
+    return torch.ops.fastres_cpu.bn_act.default(
+        x, _float(weight), _float(bias), mean, var, residual, training, eps, relu, save_mask, channels_last
+    )
+
+
+def bn_act_backward(
+    grad_y: Tensor, x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = layout.dense(x)
+    channels_last = layout.is_channels_last(x)
+    grad_y = layout.like(grad_y.to(x.dtype), channels_last)
+    return torch.ops.fastres_cpu.bn_act_backward.default(
+        grad_y, x, _float(weight), _float(bias), mean, var, mask, *options, channels_last
+    )
+
+
+def add_act(x: Tensor, residual: Tensor, relu: bool) -> Tensor:
+    x = layout.dense(x)
+    return torch.ops.fastres_cpu.add_act.default(x, layout.like(residual, layout.is_channels_last(x)), relu)
+
+
+def add_act_backward(grad_y: Tensor, y: Tensor) -> Tensor:
+    y = layout.dense(y)
+    return torch.ops.fastres_cpu.add_act_backward.default(layout.like(grad_y.to(y.dtype), layout.is_channels_last(y)), y)
+
+
+def bn_act_maxpool(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *options: Any) -> tuple[Tensor, ...]:
+    x = layout.dense(x)
+    mean, var = (None, None) if training else (_double(mean), _double(var))
+    return torch.ops.fastres_cpu.bn_act_maxpool.default(
+        x, _float(weight), _float(bias), mean, var, training, *options, layout.is_channels_last(x)
+    )
+
+
+def bn_act_maxpool_backward(
+    grad_y: Tensor, x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, index: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    x = layout.dense(x)
+    channels_last = layout.is_channels_last(x)
+    return torch.ops.fastres_cpu.bn_act_maxpool_backward.default(
+        layout.like(grad_y.to(x.dtype), channels_last),
+        x,
+        _float(weight),
+        _float(bias),
+        mean,
+        var,
+        layout.like(index, channels_last),
+        *options,
+        channels_last,
+    )
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    raw = torch.ops.aten.convolution(x, conv_weight, conv_bias, stride, padding, dilation, False, [0, 0], groups)
+    y, mean, var, mask = bn_act(raw, weight, bias, mean, var, residual, *options)
+    return y, raw, mean, var, mask
+
+
+def conv_bn_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    raw: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Tensor,
+    var: Tensor,
+    mask: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    training: bool,
+    eps: float,
+    relu: bool,
+    need_x: bool,
+    need_conv_weight: bool,
+    need_conv_bias: bool,
+    need_affine: bool,
+    need_residual: bool,
+) -> tuple[Tensor, ...]:
+    needed = [need_x, need_conv_weight, need_conv_bias]
+    grad_raw, grad_weight, grad_bias, grad_residual = bn_act_backward(
+        grad_y, raw, weight, bias, mean, var, mask, training, eps, relu, any(needed), need_affine, need_residual
+    )
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if any(needed):
+        bias_sizes = [conv_weight.shape[0]] if need_conv_bias else None
+        grads = torch.ops.aten.convolution_backward(
+            grad_raw, x, conv_weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, needed
+        )
+    return (*(x.new_empty(0) if g is None else g for g in grads), grad_weight, grad_bias, grad_residual)

@@ -1,0 +1,73 @@
+"""conv_bias_act on CPU: oneDNN's convolution with bias, residual and ReLU in its epilogue, reached through ATen.
+
+The weight may be packed (`pack`): oneDNN's own blocked order, which a plain weight is put into on every call. Where oneDNN has no
+bf16 or fp16 convolution on this processor, the activation is converted and the convolution runs in fp32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres import reference
+
+
+def unavailable() -> str | None:
+    return None if torch.backends.mkldnn.is_available() else "this PyTorch was built without oneDNN"
+
+
+def why_not(x: Tensor, weight: Tensor, *args: Any) -> str | None:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{x.dtype} activations"
+    if not torch.backends.mkldnn.enabled:
+        return "oneDNN is switched off (torch.backends.mkldnn)"
+    return "empty batch" if x.numel() == 0 else None
+
+
+@cache
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a convolution of this storage dtype runs: itself, or float32 where oneDNN cannot."""
+    if dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return dtype
+    if dtype is torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return dtype
+    return torch.float32
+
+
+def pack(weight: Tensor, input_shape: torch.Size, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
+    """`weight` [K, C/groups, R, S] in oneDNN's order for inputs of about this shape (right for all)."""
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(
+        weight.to_mkldnn(), list(padding), list(stride), list(dilation), groups, list(input_shape)
+    )
+
+
+def conv_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    dtype, order = compute_dtype(x.dtype), reference.conv_format(x, weight)
+    storage = x.dtype
+    x = x.to(dtype)
+    weight = weight if weight.is_mkldnn else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    activation = "relu" if relu else None
+    if residual is None:
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, padding, stride, dilation, groups, activation or "none", [], ""
+        )
+    else:
+        residual = residual.to(dtype).contiguous(memory_format=order)
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, activation, [], ""
+        )
+    return y.to(storage).contiguous(memory_format=order)

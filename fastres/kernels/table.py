@@ -1,0 +1,117 @@
+"""Which kernel serves which op on which device, in order of preference, and why one does not.
+
+The first kernel of the list that has no reason against a call serves it. The reference is the last of every list: it serves
+everything, in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastres import reference
+from fastres.kernels import cpu, onednn
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an op.
+
+    Attributes:
+        name: "reference", "cpu", ...
+        run: takes the arguments of the raw op.
+        unavailable: why it cannot run in this process at all, or None.
+        why_not: why it does not serve a call with these arguments, or None.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    unavailable: Callable[[], str | None]
+    why_not: Callable[..., str | None]
+
+
+def _reference(op: str) -> Kernel:
+    return Kernel("reference", getattr(reference, op), lambda: None, lambda *args: None)
+
+
+def _cpu(op: str) -> Kernel:
+    return Kernel("cpu", getattr(cpu, op), cpu.unavailable, cpu.why_not)
+
+
+_BATCH_NORM_OPS = ("bn_act", "bn_act_backward", "add_act", "add_act_backward", "bn_act_maxpool", "bn_act_maxpool_backward")
+
+#: (op, device type) -> kernels, best first. Devices without an entry have the reference only.
+TABLE: dict[tuple[str, str], list[Kernel]] = {
+    **{(op, "cpu"): [_cpu(op), _reference(op)] for op in _BATCH_NORM_OPS},
+    ("conv_bn_act", "cpu"): [
+        Kernel("cpu", cpu.conv_bn_act, cpu.unavailable, cpu.conv_bn_act_why_not),
+        _reference("conv_bn_act"),
+    ],
+    ("conv_bn_act_backward", "cpu"): [
+        Kernel("cpu", cpu.conv_bn_act_backward, cpu.unavailable, cpu.conv_bn_act_backward_why_not),
+        _reference("conv_bn_act_backward"),
+    ],
+    ("conv_bias_act", "cpu"): [
+        Kernel("cpu", onednn.conv_bias_act, onednn.unavailable, onednn.why_not),
+        _reference("conv_bias_act"),
+    ],
+}
+OPS = (*_BATCH_NORM_OPS, "conv_bn_act", "conv_bn_act_backward", "conv_bias_act", "update_running_stats_")
+
+_forced: tuple[str, ...] | None = None
+
+
+def kernels(op: str, device_type: str) -> list[Kernel]:
+    """The kernels of `op` on a device type, best first; only the forced ones inside `use_kernels`."""
+    found = TABLE.get((op, device_type)) or [_reference(op)]
+    if _forced is None or op == "update_running_stats_":  # a few values a channel: has no other kernel
+        return found
+    return [kernel for kernel in found if kernel.name in _forced]
+
+
+def select(op: str, args: tuple[Any, ...]) -> Kernel:
+    """The kernel that serves this call.
+
+    Raises:
+        RuntimeError: if `use_kernels` leaves none, with the reason of each.
+    """
+    reasons = []
+    for kernel in kernels(op, args[0].device.type):
+        reason = kernel.unavailable() or kernel.why_not(*args)
+        if reason is None:
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    what = "; ".join(reasons) or f"{' or '.join(_forced or ())} has no kernel for it on {args[0].device.type}"
+    raise RuntimeError(f"fastres::{op}: no kernel may serve this call ({what})")
+
+
+def no_fused_kernel(op: str, device_type: str) -> str | None:
+    """Why `op` has nothing better than the reference on this device type, or None. A forced reference counts as a choice."""
+    found = kernels(op, device_type)
+    if _forced is not None or any(k.name != "reference" and k.unavailable() is None for k in found):
+        return None
+    reasons = [f"{k.name}: {k.unavailable()}" for k in found if k.name != "reference"]
+    return "; ".join(reasons) or f"no fused kernel for {device_type}"
+
+
+@contextmanager
+def use_kernels(*names: str) -> Iterator[None]:
+    """Only the named kernels serve inside the `with` block, in the whole process: for tests and benchmarks.
+
+    Args:
+        names: "reference", "cpu"; in the table's order of preference, whatever the order here.
+
+    Raises:
+        ValueError: for a name that no kernel has.
+    """
+    global _forced
+    known = {"reference"} | {kernel.name for row in TABLE.values() for kernel in row}
+    if unknown := set(names) - known:
+        raise ValueError(f"no kernel is named {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    before, _forced = _forced, names
+    try:
+        yield
+    finally:
+        _forced = before

@@ -1,0 +1,78 @@
+"""Fused modules for models of your own. Each holds the real nn.Conv2d and nn.BatchNorm2d: checkpoints, hooks and SyncBatchNorm
+conversion work as for the plain modules, and where the fast path may not run, they are simply called."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres import functional, sites
+
+__all__ = ["AddAct", "BnAct2d", "ConvBnAct2d"]
+
+
+def _activate(y: Tensor, act: str) -> Tensor:
+    return F.relu(y) if act == "relu" else y
+
+
+class ConvBnAct2d(nn.Module):
+    """act(bn(conv(x)) + residual).
+
+    Args:
+        conv: the convolution. bn: its batch norm, of conv.out_channels features. act: "relu" or "identity".
+
+    Raises:
+        ValueError: if conv and bn do not fit, or for an unknown act.
+    """
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str = "relu") -> None:
+        super().__init__()
+        if conv.out_channels != bn.num_features:
+            raise ValueError(f"conv has {conv.out_channels} output channels, bn {bn.num_features} features")
+        functional._relu(act)
+        self.conv, self.bn, self.act = conv, bn, act
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if sites.blocked(self, x, self.conv, self.bn) is None:
+            return sites.conv_bn_act(self.conv, self.bn, x, act=self.act, residual=residual)
+        y = self.bn(self.conv(x))
+        return _activate(y if residual is None else y + residual, self.act)
+
+    def extra_repr(self) -> str:
+        return f"act={self.act}"
+
+
+class BnAct2d(nn.Module):
+    """act(bn(x) + residual). Args: bn, the batch norm; act, "relu" or "identity"."""
+
+    def __init__(self, bn: nn.BatchNorm2d, act: str = "relu") -> None:
+        super().__init__()
+        functional._relu(act)
+        self.bn, self.act = bn, act
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if sites.blocked(self, x, self.bn) is None:
+            return sites.bn_act(self.bn, x, act=self.act, residual=residual)
+        y = self.bn(x)
+        return _activate(y if residual is None else y + residual, self.act)
+
+    def extra_repr(self) -> str:
+        return f"act={self.act}"
+
+
+class AddAct(nn.Module):
+    """act(x + residual). Args: act, "relu" or "identity"."""
+
+    def __init__(self, act: str = "relu") -> None:
+        super().__init__()
+        functional._relu(act)
+        self.act = act
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        same = isinstance(residual, Tensor) and x.shape == residual.shape and x.dtype is residual.dtype
+        if same and sites.blocked(self, x) is None:
+            return functional.add_act(x, residual, act=self.act)
+        return _activate(x + residual, self.act)
+
+    def extra_repr(self) -> str:
+        return f"act={self.act}"

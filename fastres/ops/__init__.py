@@ -1,0 +1,5 @@
+"""The ops of fastres. Importing this package registers them as torch.ops.fastres.*; fastres.functional is how to call them."""
+
+from fastres.ops import add_act, bn_act, bn_act_maxpool, conv_bias_act, conv_bn_act, update_running_stats
+
+__all__ = ["add_act", "bn_act", "bn_act_maxpool", "conv_bias_act", "conv_bn_act", "update_running_stats"]

@@ -1,0 +1,77 @@
+"""fastres::conv_bias_act: y = act(conv(x, weight) + bias + residual), the inference form of a block once batch norm is folded.
+
+`weight` may be a packed one (fastres/kernels/onednn.py); that form has no gradient. Otherwise x, weight and y are saved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres import reference
+from fastres.ops import registration
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+    return y.contiguous(memory_format=reference.conv_format(x, weight))
+
+
+op = registration.define(
+    "conv_bias_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, "
+    "int groups, bool relu) -> Tensor",
+    _fake,
+)
+
+
+def convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, geometry: tuple[Any, ...], needed: tuple[bool, bool, bool]
+) -> tuple[Any, ...]:
+    """Gradients of x, weight and bias of a convolution; geometry is (stride, padding, dilation, groups)."""
+    stride, padding, dilation, groups = geometry
+    bias_sizes = [weight.shape[0]] if has_bias else None
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _, *ctx.geometry, ctx.relu = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight, output if ctx.relu else None)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    x, weight, y = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+    g = grad_y if y is None else torch.where(y <= 0, 0.0, grad_y)
+    needed = (need_x, need_weight, need_bias)
+    grads = convolution_backward(g, x, weight, ctx.has_bias, tuple(ctx.geometry), needed) if any(needed) else (None,) * 3
+    return (
+        *(grad if need else None for grad, need in zip(grads, needed, strict=True)),
+        g if need_residual else None,
+        *(None,) * 5,
+    )
+
+
+call = registration.differentiable(op, _setup_context, _backward)
+
+
+def _cast(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Any, residual: Any, *rest: Any) -> tuple[Any, ...]:
+    x, weight, bias, residual = (registration.to_dtype(t, dtype) for t in (x, weight, bias, residual))
+    return (x, weight, bias, residual, *rest)
+
+
+registration.autocast(op, _cast)

@@ -1,0 +1,175 @@
+"""fastres::conv_bn_act: act(batch_norm(conv(x)) + residual), where a gradient is wanted or batch statistics are used.
+
+Saved for backward: x, the raw convolution output, mean, var, and with residual and ReLU a mask of 1 bit a value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres import layout, reference
+from fastres.ops import bn_act, registration
+from fastres.ops.conv_bias_act import convolution_backward
+
+
+def _fake(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    training: bool,
+    eps: float,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    raw = torch.ops.aten.convolution(x, conv_weight, conv_bias, stride, padding, dilation, False, [0, 0], groups)
+    raw = raw.contiguous(memory_format=reference.conv_format(x, conv_weight))
+    y, mean, var, mask = bn_act._fake(
+        raw, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask
+    )
+    return y, raw, mean, var, mask
+
+
+def _fake_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    raw: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    mask: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    training: bool,
+    eps: float,
+    relu: bool,
+    need_x: bool,
+    need_conv_weight: bool,
+    need_conv_bias: bool,
+    need_affine: bool,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_raw = need_x or need_conv_weight or need_conv_bias
+    grad_raw, grad_weight, grad_bias, grad_residual = bn_act._fake_backward(
+        grad_y, raw, weight, bias, mean, var, mask, training, eps, relu, need_raw, need_affine, need_residual
+    )
+    empty = x.new_empty(0)
+    if not need_raw:
+        return empty, empty.clone(), empty.clone(), grad_weight, grad_bias, grad_residual
+    grads = convolution_backward(
+        grad_raw, x, conv_weight, need_conv_bias, (stride, padding, dilation, groups), (need_x, need_conv_weight, need_conv_bias)
+    )
+    return (*(x.new_empty(0) if g is None else g for g in grads), grad_weight, grad_bias, grad_residual)
+
+
+op = registration.define(
+    "conv_bn_act(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, Tensor? running_mean, "
+    "Tensor? running_var, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, bool training, float eps, "
+    "bool relu, bool save_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+backward_op = registration.define(
+    "conv_bn_act_backward(Tensor grad_y, Tensor x, Tensor conv_weight, Tensor raw, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor var, Tensor? mask, int[] stride, int[] padding, int[] dilation, int groups, bool training, float eps, bool relu, "
+    "bool need_x, bool need_conv_weight, bool need_conv_bias, bool need_affine, bool need_residual) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, conv_weight, conv_bias, weight, bias, _, _, residual, *geometry, training, eps, relu, _ = inputs
+    _, raw, mean, var, mask = output
+    masked = residual is not None and relu
+    if masked and mask.numel() == 0 and raw.numel():
+        raise RuntimeError("fastres::conv_bn_act: gradients through a residual and a ReLU need save_mask=True")
+    ctx.mark_non_differentiable(raw, mean, var, mask)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, conv_weight, conv_bias, raw, weight, bias, mean, var, mask if masked else None)
+    ctx.geometry, ctx.options = tuple(geometry), (training, eps, relu)
+
+
+def _second_order(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    x, conv_weight, conv_bias, raw, weight, bias, mean, var, mask = ctx.saved_tensors
+    stride, padding, dilation, groups = ctx.geometry
+    training, eps, relu = ctx.options
+    need = ctx.needs_input_grad
+    keep = None if mask is None else layout.unpack_mask(mask, raw.shape, layout.is_channels_last(raw))
+
+    def forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        z = reference.convolution(x, conv_weight, conv_bias, stride, padding, dilation, groups)
+        used_var, used_mean = torch.var_mean(z, (0, 2, 3), correction=0) if training else (var, mean)
+        z = reference.normalise(z, weight, bias, used_mean, used_var, eps)
+        return torch.where(~(z <= 0) if keep is None else keep, z, 0.0) if relu else z
+
+    grads = registration.second_order(forward, (x, conv_weight, conv_bias, weight, bias), need[:5], grad_y)
+    grad_residual = None
+    if need[7]:
+        grad_residual = grad_y if keep is None else torch.where(keep, grad_y, 0.0)
+    return (*grads, None, None, grad_residual, *(None,) * 8)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_y is None:
+        return (None,) * 16
+    if torch.is_grad_enabled():
+        return _second_order(ctx, grad_y)
+    x, conv_weight, conv_bias, raw, weight, bias, mean, var, mask = ctx.saved_tensors
+    need_x, need_conv_weight, need_conv_bias, need_weight, need_bias, _, _, need_residual = ctx.needs_input_grad[:8]
+    grad_x, grad_conv_weight, grad_conv_bias, grad_weight, grad_bias, masked_grad = backward_op(
+        grad_y,
+        x,
+        conv_weight,
+        raw,
+        weight,
+        bias,
+        mean,
+        var,
+        mask,
+        *ctx.geometry,
+        *ctx.options,
+        need_x,
+        need_conv_weight,
+        need_conv_bias,
+        need_weight or need_bias,
+        need_residual,
+    )
+    return (
+        grad_x if need_x else None,
+        grad_conv_weight if need_conv_weight else None,
+        grad_conv_bias if need_conv_bias else None,
+        grad_weight.to(weight.dtype) if need_weight else None,
+        grad_bias.to(bias.dtype) if need_bias else None,
+        None,
+        None,
+        (masked_grad if mask is not None else grad_y) if need_residual else None,
+        *(None,) * 8,
+    )
+
+
+call = registration.differentiable(op, _setup_context, _backward)
+
+
+def _cast(
+    dtype: torch.dtype, x: Tensor, conv_weight: Tensor, conv_bias: Any, weight: Any, bias: Any, mean: Any, var: Any, residual: Any, *rest: Any
+) -> tuple[Any, ...]:
+    x, conv_weight, conv_bias, residual = (registration.to_dtype(t, dtype) for t in (x, conv_weight, conv_bias, residual))
+    return (x, conv_weight, conv_bias, weight, bias, mean, var, residual, *rest)
+
+
+registration.autocast(op, _cast)

@@ -1,0 +1,16 @@
+"""Recipes for fastres.models."""
+
+from fastres.models.resnet import BasicBlock, Bottleneck, ResNet
+from fastres.recipes.residual import BasicBlockForward, BottleneckForward, StemForward
+
+
+class FusedBasicBlock(BasicBlockForward, BasicBlock):
+    """fastres.models' BasicBlock, fused."""
+
+
+class FusedBottleneck(BottleneckForward, Bottleneck):
+    """fastres.models' Bottleneck, fused."""
+
+
+class FusedResNet(StemForward, ResNet):
+    """fastres.models' ResNet with a fused stem."""

@@ -1,0 +1,92 @@
+"""The fused forwards of post-activation residual networks (He et al. 2015), for every library that writes them this way."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastres import sites
+
+
+class FusedModule:
+    """What fuse_ and explain need to know of a fused class."""
+
+    #: The method that the fused class overrides, and the names the original uses in it: other names, other forward, no swap.
+    forward_method: ClassVar[str] = "forward"
+    forward_names: ClassVar[frozenset[str]]
+    #: Children that the fused forward does not call, in the order of the forward; and whether it adds a residual.
+    fused_children: ClassVar[tuple[str, ...]]
+    adds: ClassVar[bool] = True
+
+    @classmethod
+    def unfused_class(cls) -> type[nn.Module]:
+        """The class that the module had before the swap."""
+        return cls.__mro__[cls.__mro__.index(FusedModule) + 1]
+
+    def _get_name(self) -> str:
+        return self.unfused_class().__name__  # repr shows the model as the user wrote it
+
+
+def _shortcut(block: Any, x: Tensor) -> Tensor:
+    """downsample(x), fused where it is a plain convolution with batch norm; x where there is none."""
+    downsample = block.downsample
+    if downsample is None:
+        return x
+    if type(downsample) is nn.Sequential and len(downsample) == 2:
+        conv, bn = downsample
+        hooked = downsample._forward_hooks or downsample._forward_pre_hooks or downsample._backward_hooks
+        plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and not hooked and not downsample._backward_pre_hooks
+        if plain and sites.blocked(downsample, x, conv, bn) is None:
+            return sites.conv_bn_act(conv, bn, x, act="identity")
+    return downsample(x)
+
+
+class BasicBlockForward(FusedModule):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut)."""
+
+    forward_names = frozenset({"conv1", "bn1", "relu", "conv2", "bn2", "downsample"})
+    fused_children = ("conv1", "bn1", "relu", "conv2", "bn2")
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if sites.blocked(self, x, self.conv1, self.bn1, self.relu, self.conv2, self.bn2) is not None:
+            return super().forward(x)  # type: ignore[misc]
+        y = sites.conv_bn_act(self.conv1, self.bn1, x, act="relu")
+        return sites.conv_bn_act(self.conv2, self.bn2, y, act="relu", residual=_shortcut(self, x))
+
+
+class BottleneckForward(FusedModule):
+    """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut)."""
+
+    forward_names = frozenset({"conv1", "bn1", "relu", "conv2", "bn2", "conv3", "bn3", "downsample"})
+    fused_children = ("conv1", "bn1", "relu", "conv2", "bn2", "conv3", "bn3")
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        children = (self.conv1, self.bn1, self.relu, self.conv2, self.bn2, self.conv3, self.bn3)
+        if sites.blocked(self, x, *children) is not None:
+            return super().forward(x)  # type: ignore[misc]
+        y = sites.conv_bn_act(self.conv1, self.bn1, x, act="relu")
+        y = sites.conv_bn_act(self.conv2, self.bn2, y, act="relu")
+        return sites.conv_bn_act(self.conv3, self.bn3, y, act="relu", residual=_shortcut(self, x))
+
+
+class StemForward(FusedModule):
+    """The whole network, with its stem maxpool(relu(bn1(conv1(x)))) fused; the blocks fuse themselves."""
+
+    forward_method = "_forward_impl"
+    forward_names = frozenset(
+        {"conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "flatten", "fc", "torch"}
+    )
+    fused_children = ("bn1", "relu", "maxpool")
+    adds = False
+
+    def _forward_impl(self: Any, x: Tensor) -> Tensor:
+        # The input's dtype may be changed by conv1 (autocast): what counts is what batch norm gets.
+        x = self.conv1(x)
+        if sites.blocked(self, x, self.bn1, self.relu, self.maxpool) is None:
+            x = sites.bn_act_maxpool(self.bn1, self.maxpool, x, act="relu")
+        else:
+            x = self.maxpool(self.relu(self.bn1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))

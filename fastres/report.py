@@ -1,0 +1,61 @@
+"""What fuse_ and explain answer with: a row for every convolution, batch norm, activation, addition and pooling."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation of a model.
+
+    Attributes:
+        name: path of the module, as in named_modules(); of the block for an addition.
+        kind: "conv", "bn", "act", "add" or "pool".
+        fused: whether it runs (explain) or can run (fuse_) inside a fused op.
+        reason: why not, or "".
+        kernel: name of the kernel that serves it (explain only), or "".
+    """
+
+    name: str
+    kind: str
+    fused: bool
+    reason: str = ""
+    kernel: str = ""
+
+
+@dataclass
+class Report:
+    """Rows, and a short table of them as text."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fused(self) -> int:
+        return sum(row.fused for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = [f"{self.fused} of {self.total} operations fused"]
+        by_kind: Counter[str] = Counter(row.kind for row in self.rows)
+        fused: Counter[str] = Counter(row.kind for row in self.rows if row.fused)
+        lines += [f"  {kind:<5} {fused[kind]:>4} of {by_kind[kind]}" for kind in ("conv", "bn", "act", "add", "pool") if by_kind[kind]]
+        kernels: Counter[str] = Counter(row.kernel for row in self.rows if row.kernel)
+        lines += [f"  by kernel {name}: {count}" for name, count in kernels.most_common()]
+        left = [row for row in self.rows if not row.fused]
+        lines += [f"  not fused: {row.name or '(model)'} [{row.kind}]: {row.reason}" for row in left[:20]]
+        if len(left) > 20:
+            lines.append(f"  ... and {len(left) - 20} more (report.rows has them all)")
+        return "\n".join(lines)
+
+
+class FuseReport(Report):
+    """What fuse_ changed: `fused` means that the operation's block now has a fast path."""
+
+
+class ExplainReport(Report):
+    """What ran in one forward: `fused` means that the fast path was taken."""
