@@ -4,11 +4,12 @@
     report = fastres.fuse_(model)      # in place; fastres.unfuse_(model) gives it back
     print(report)
 
-fastres.functional has the fused functions, fastres.nn modules of them, fastres.models residual networks, fastres.verify the proof.
+fastres.functional has the fused functions, fastres.nn modules of them, fastres.models residual networks,
+fastres.verify the proof.
 """
 
-from fastres import config, functional, nn
-from fastres import ops as _ops
+from fastres import config, functional, models, nn
+from fastres import ops as _ops  # noqa: F401  registers torch.ops.fastres
 from fastres.explain import explain
 from fastres.fuse import disabled, fuse_, refresh_, unfuse_
 from fastres.kernels.table import use_kernels
@@ -24,6 +25,7 @@ __all__ = [
     "explain",
     "functional",
     "fuse_",
+    "models",
     "nn",
     "refresh_",
     "unfuse_",

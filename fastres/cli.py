@@ -78,7 +78,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         import fastres
 
-        parser.exit(0, f"fastres {fastres.__version__}\n")
+        print(f"fastres {fastres.__version__}")
+        parser.exit(0)
 
 
 def _add_bench(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -99,24 +100,38 @@ Examples:
   fastres bench torchvision.models:wide_resnet50_2         any classifier that can be imported""",
     )
     bench.add_argument("models", nargs="*", metavar="MODEL", help=f"{_MODEL} (default: resnet18 resnet50)")
-    bench.add_argument("--mode", choices=("infer", "train", "both"), default="both", help="what to measure (default: both)")
+    bench.add_argument(
+        "--mode", choices=("infer", "train", "both"), default="both", help="what to measure (default: both)"
+    )
     bench.add_argument("--batch", type=int, nargs="+", metavar="N", help="batch sizes (default: 1 and 16, training 16)")
-    bench.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (inference: cast, training: autocast)")
+    bench.add_argument(
+        "--dtype", default="float32", help="float32, bfloat16 or float16 (inference: cast, training: autocast)"
+    )
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    bench.add_argument("--threads", type=int, default=0, metavar="N", help="threads of every contender (default: one per core)")
+    bench.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="threads of every contender (default: one per core)"
+    )
     bench.add_argument(
         "--peers",
         metavar="LIST",
-        help="contenders beside fastres and eager channels_last, comma-separated: eager, compile, onnxruntime, openvino, ncnn; "
-        "or none (default: all)",
+        help="contenders beside fastres and eager channels_last, comma-separated: eager, compile, onnxruntime, "
+        "openvino, ncnn; or none (default: all)",
     )
     bench.add_argument("--rounds", type=int, default=15, metavar="N", help="rounds at most (default: 15)")
     bench.add_argument(
-        "--seconds", type=float, default=12.0, metavar="S", help="time for the rounds of one table; three run at least (default: 12)"
+        "--seconds",
+        type=float,
+        default=12.0,
+        metavar="S",
+        help="time for the rounds of one table; three run at least (default: 12)",
     )
     bench.add_argument("--timeout", type=float, default=300.0, metavar="S", help="time for one set-up (default: 300)")
-    bench.add_argument("--size", type=int, default=224, metavar="N", help="height and width of the images (default: 224)")
-    bench.add_argument("--checkpoint", metavar="FILE", help="weights, .pth or .safetensors (default: seeded, calibrated)")
+    bench.add_argument(
+        "--size", type=int, default=224, metavar="N", help="height and width of the images (default: 224)"
+    )
+    bench.add_argument(
+        "--checkpoint", metavar="FILE", help="weights, .pth or .safetensors (default: seeded, calibrated)"
+    )
     bench.add_argument("--images", metavar="FOLDER", help="photographs (default: those that scikit-learn ships)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="where everything measured goes")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="where the bar chart goes (.png)")
@@ -132,9 +147,13 @@ def _add_workload(command: argparse.ArgumentParser) -> None:
     """The options of verify and explain that say which model on which input."""
     command.add_argument("model", metavar="MODEL", help=_MODEL)
     command.add_argument("--batch", type=int, default=2, metavar="N", help="images in the batch (default: 2)")
-    command.add_argument("--size", type=int, default=224, metavar="N", help="height and width of the images (default: 224)")
+    command.add_argument(
+        "--size", type=int, default=224, metavar="N", help="height and width of the images (default: 224)"
+    )
     command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
-    command.add_argument("--checkpoint", metavar="FILE", help="weights, .pth or .safetensors (default: seeded, calibrated)")
+    command.add_argument(
+        "--checkpoint", metavar="FILE", help="weights, .pth or .safetensors (default: seeded, calibrated)"
+    )
     command.add_argument("--images", metavar="FOLDER", help="photographs (default: those that scikit-learn ships)")
     command.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
 
@@ -185,13 +204,13 @@ Examples:
 def _verify(options: argparse.Namespace) -> int:
     import json
 
-    from fastres import verify
-
     model, images, dtype = _workload(options)
+    from fastres.verify import verify
+
     modes = ("eval", "train") if options.mode == "both" else (options.mode,)
     certificates = {}
     for mode in modes:
-        certificates[mode] = verify.verify(model, images, mode=mode, dtype=dtype)
+        certificates[mode] = verify(model, images, mode=mode, dtype=dtype)
         print(certificates[mode], flush=True)
     texts = {mode: certificate.to_json() for mode, certificate in certificates.items()}
     found = {mode: json.loads(text) if isinstance(text, str) else text for mode, text in texts.items()}

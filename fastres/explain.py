@@ -15,7 +15,8 @@ from fastres.report import ExplainReport, Row
 
 
 def explain(model: nn.Module, x: Tensor) -> ExplainReport:
-    """Runs `model(x)` once, without gradients, and says for every operation whether it ran fused, by which kernel, or why not.
+    """Runs `model(x)` once, without gradients, and says for every operation whether it ran fused, by which kernel, or
+    why not.
 
     Modes stay as they are; statistics, counters and random state are put back afterwards.
 

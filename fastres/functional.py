@@ -1,8 +1,9 @@
 """Fused functions: arguments checked, one op called. The counterpart of torch.nn.functional for this library.
 
-All take activations [N, C, H, W] in float32, bfloat16, float16 or float64, contiguous or channels_last (fast), any batch size, and
-are differentiable. `act` is "relu" or "identity". Errors have eager's types: ValueError for a wrong rank, a bad eps or too few
-values a channel, NotImplementedError for a dtype without batch norm, RuntimeError for shapes, dtypes or devices that do not fit.
+All take activations [N, C, H, W] in float32, bfloat16, float16 or float64, contiguous or channels_last (fast), any
+batch size, and are differentiable. `act` is "relu" or "identity". Errors have eager's types: ValueError for a wrong
+rank, a bad eps or too few values a channel, NotImplementedError for a dtype without batch norm, RuntimeError for
+shapes, dtypes or devices that do not fit.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def bn_act(
         momentum: share of the new statistics in the running ones.
         eps: added to the variance.
         act: "relu" or "identity".
-        num_batches_tracked: if given, 1 / num_batches_tracked is used as momentum (cumulative average); read on its device.
+        num_batches_tracked: if given, 1 / num_batches_tracked is used as momentum (cumulative average); read on its
+        device.
 
     Returns:
         [N, C, H, W] in x's dtype and layout.
@@ -58,9 +60,20 @@ def bn_act(
         _check_values_per_channel(x.shape)
     _check_residual(residual, x.shape, x)
     y, mean, var, _ = ops.bn_act.call(
-        x, weight, bias, running_mean, running_var, residual, training, eps, relu, _needs_mask(relu, residual, x, weight, bias)
+        x,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        residual,
+        training,
+        eps,
+        relu,
+        _needs_mask(relu, residual, x, weight, bias),
     )
-    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, x.numel() // max(x.shape[1], 1))
+    _update(
+        running_mean, running_var, mean, var, num_batches_tracked, momentum, training, x.numel() // max(x.shape[1], 1)
+    )
     return y
 
 
@@ -84,7 +97,8 @@ def conv_bias_act(
     groups: int = 1,
     act: str = "relu",
 ) -> Tensor:
-    """act(conv2d(x, weight) + bias + residual): what a block is in inference once batch norm is folded into the convolution.
+    """act(conv2d(x, weight) + bias + residual): what a block is in inference once batch norm is folded into the
+    convolution.
 
     Args:
         x: [N, C, H, W].
@@ -179,7 +193,8 @@ def bn_act_maxpool(
     """max_pool2d(act(batch_norm(x))): the tail of a ResNet's stem. Batch-norm arguments as in :func:`bn_act`.
 
     Args:
-        kernel_size, stride, padding: of the pooling; kernel_size <= 15, padding <= kernel_size / 2, and at most 4 windows over a
+        kernel_size, stride, padding: of the pooling; kernel_size <= 15, padding <= kernel_size / 2, and at most 4
+        windows over a
             pixel along an axis.
 
     Returns:
@@ -191,7 +206,9 @@ def bn_act_maxpool(
     if not 1 <= kernel_size <= 15 or stride < 1 or -(-kernel_size // stride) > 4:
         raise RuntimeError(f"bn_act_maxpool: unsupported window: kernel_size {kernel_size}, stride {stride}")
     if not 0 <= padding <= kernel_size // 2:
-        raise RuntimeError(f"pad should be at most half of effective kernel size, but got pad={padding}, kernel_size={kernel_size}")
+        raise RuntimeError(
+            f"pad should be at most half of effective kernel size, but got pad={padding}, kernel_size={kernel_size}"
+        )
     if training:
         _check_values_per_channel(x.shape)
     if pooled(x.shape[2], kernel_size, stride, padding) < 1 or pooled(x.shape[3], kernel_size, stride, padding) < 1:
@@ -199,7 +216,9 @@ def bn_act_maxpool(
     y, mean, var, _ = ops.bn_act_maxpool.call(
         x, weight, bias, running_mean, running_var, training, eps, relu, kernel_size, stride, padding
     )
-    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, x.numel() // max(x.shape[1], 1))
+    _update(
+        running_mean, running_var, mean, var, num_batches_tracked, momentum, training, x.numel() // max(x.shape[1], 1)
+    )
     return y
 
 
@@ -247,7 +266,9 @@ def _pair(value: int | Sequence[int], name: str) -> list[int]:
     return list(value)
 
 
-def _geometry(stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], groups: int) -> tuple:
+def _geometry(
+    stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], groups: int
+) -> tuple:
     return _pair(stride, "stride"), _pair(padding, "padding"), _pair(dilation, "dilation"), groups
 
 
@@ -287,10 +308,14 @@ def _check_batch_norm(
         if t.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {t.numel()}")
         if t.device != x.device:
-            raise RuntimeError(f"Expected all tensors to be on the same device, but x is on {x.device} and {name} on {t.device}")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but x is on {x.device} and {name} on {t.device}"
+            )
         # Half-precision activations may have fp32 parameters (autocast); nothing else may be mixed.
         if t.dtype is not x.dtype and (t.dtype is not torch.float32 or x.dtype is torch.float64):
-            raise RuntimeError(f"mixed dtype: expect {name} to be {x.dtype} or, with a half-precision input, float32; got {t.dtype}")
+            raise RuntimeError(
+                f"mixed dtype: expect {name} to be {x.dtype} or, with a half-precision input, float32; got {t.dtype}"
+            )
 
 
 def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> tuple[int, int, int, int]:
@@ -309,7 +334,9 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: 
         if t is not None and t.dtype is not x.dtype and not cast:
             raise RuntimeError(f"Input type ({x.dtype}) and {name} type ({t.dtype}) should be the same")
         if t is not None and t.device != x.device:
-            raise RuntimeError(f"Expected all tensors to be on the same device, but x is on {x.device} and {name} on {t.device}")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but x is on {x.device} and {name} on {t.device}"
+            )
     if bias is not None and bias.numel() != k:
         raise RuntimeError(f"expected bias to be 1-dimensional with {k} elements, got {list(bias.shape)}")
     out_h = (x.shape[2] + 2 * pad_h - dilation_h * (r - 1) - 1) // stride_h + 1
@@ -328,7 +355,9 @@ def _check_residual(residual: Tensor | None, shape: Sequence[int], x: Tensor) ->
     if tuple(residual.shape) != tuple(shape):
         raise RuntimeError(f"residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}")
     if residual.device != x.device:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but x is on {x.device} and residual on {residual.device}")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but x is on {x.device} and residual on {residual.device}"
+        )
     if residual.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise RuntimeError(f"residual must have the input's dtype {x.dtype}, got {residual.dtype}")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastres import sites
+from fastres import folding, sites
 from fastres.recipes import fused_class
 from fastres.recipes.residual import FusedModule
 from fastres.report import FuseReport, Row
@@ -24,13 +24,15 @@ _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
 
 
 def fuse_(model: nn.Module) -> FuseReport:
-    """Lets the residual blocks of `model` run fused, in training and inference. In place, idempotent, undone by `unfuse_`.
+    """Lets the residual blocks of `model` run fused, in training and inference. In place, idempotent, undone by
+    `unfuse_`.
 
-    Only classes are swapped: every child, parameter, buffer, hook and state_dict key stays. At each call the block decides whether
-    the fast path is legal now; where it is not, its original forward runs.
+    Only classes are swapped: every child, parameter, buffer, hook and state_dict key stays. At each call the block
+    decides whether the fast path is legal now; where it is not, its original forward runs.
 
     Args:
-        model: any module. fastres.models and torchvision's ResNet, ResNeXt and Wide ResNet are known; the rest is left alone.
+        model: any module. fastres.models and torchvision's ResNet, ResNeXt and Wide ResNet are known; the rest is left
+        alone.
 
     Returns:
         A report with a row for every convolution, batch norm, activation, addition and pooling: fused, or why not.
@@ -57,21 +59,24 @@ def unfuse_(model: nn.Module) -> nn.Module:
     """Gives every swapped block of `model` its own class back and drops folded weights. Returns `model`."""
     for module in model.modules():
         if isinstance(module, FusedModule):
-            module.__class__ = module.unfused_class()
-    sites.forget(model)
+            original: Any = module.unfused_class()
+            module.__class__ = original
+    folding.forget(model)
     return model
 
 
 def refresh_(model: nn.Module) -> nn.Module:
-    """Drops the folded weights of `model`: the next inference call folds anew. Needed only after writing to a few single values of
-    a weight behind autograd's back (through `.data`, NumPy or a raw pointer); every other change is noticed. Returns `model`."""
-    sites.forget(model)
+    """Drops the folded weights of `model`: the next inference call folds anew. Needed only after writing to a few
+    single values of a weight behind autograd's back (through `.data`, NumPy or a raw pointer); every other change is
+    noticed. Returns `model`."""
+    folding.forget(model)
     return model
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the `with` block every module of `model` runs its original forward (for torch.jit, ONNX export, comparisons)."""
+    """Inside the `with` block every module of `model` runs its original forward (for torch.jit, ONNX export,
+    comparisons)."""
     swapped = [(module, type(module)) for module in model.modules() if isinstance(module, FusedModule)]
     unfuse_(model)
     try:
@@ -95,8 +100,9 @@ def plan(model: nn.Module) -> Plan:
     additions: list[tuple[Row, nn.Module | None]] = []
     claimed: dict[nn.Module, tuple[Row, nn.Module | None]] = {}
     for name, module in model.named_modules():
-        fused = isinstance(module, FusedModule)
-        new = type(module) if fused else fused_class(type(module))
+        cls: Any = type(module)
+        fused = issubclass(cls, FusedModule)
+        new: Any = cls if fused else fused_class(cls)
         if new is None:
             continue
         reason = None if fused else _unlike_recipe(module, new)
@@ -112,11 +118,11 @@ def plan(model: nn.Module) -> Plan:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """"conv", "bn", "act" or "pool", or None for any other module."""
+    """ "conv", "bn", "act" or "pool", or None for any other module."""
     return next((kind for types, kind in _KINDS if isinstance(module, types)), None)
 
 
-def _unlike_recipe(module: nn.Module, new: type[nn.Module]) -> str | None:
+def _unlike_recipe(module: nn.Module, new: Any) -> str | None:
     """Why a block of a known class cannot be swapped: it does not run the forward the recipe was written for."""
     if "forward" in module.__dict__:
         return "the block has its own forward"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import random
@@ -29,8 +30,9 @@ _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", "
 def photographs(n: int, size: int = 224, *, folder: str | os.PathLike[str] | None = None, seed: int = 0) -> Tensor:
     """Random crops of photographs, as a network trained on ImageNet expects them.
 
-    Crops are drawn as for training (8 to 100 % of the area, aspect 3:4 to 4:3, flipped or not) and resized with antialiasing. Crop i
-    depends on seed and i only, so a larger batch starts with the smaller one. With fewer photographs than n, each gives several crops.
+    Crops are drawn as for training (8 to 100 % of the area, aspect 3:4 to 4:3, flipped or not) and resized with
+    antialiasing. With fewer photographs than n, each gives several crops. Crop i depends on seed and i only: a larger
+    batch starts with the smaller one.
 
     Args:
         n: number of images. size: height and width in pixels.
@@ -42,8 +44,8 @@ def photographs(n: int, size: int = 224, *, folder: str | os.PathLike[str] | Non
         float32 tensor (n, 3, size, size), RGB, normalised with ImageNet's mean and standard deviation.
 
     Raises:
-        UserError: if n or size is below 1, the folder has no images or cannot be read, an image cannot be decoded (the message names it),
-            or Pillow or scikit-learn is missing.
+        UserError: if n or size is below 1, there is no such folder, it has no images, an image cannot be decoded (the
+            message names it), or Pillow or scikit-learn is missing.
     """
     if n < 1 or size < 1:
         raise UserError(f"need at least one image of at least one pixel, got n={n} and size={size}")
@@ -63,9 +65,9 @@ def _bundled() -> list[Callable[[], Image]]:
         from sklearn.datasets import load_sample_images
     except ImportError as error:
         raise UserError(
-            f"the default photographs need scikit-learn and Pillow ({error}): pip install 'fastres[bench]', or give a folder of images"
+            f"the default photographs need scikit-learn and Pillow ({error}): pip install 'fastres[bench]'"
         ) from error
-    return [lambda image=image: fromarray(image) for image in load_sample_images().images]
+    return [functools.partial(fromarray, image) for image in load_sample_images().images]
 
 
 def _files(folder: Path) -> list[Callable[[], Image]]:
@@ -80,7 +82,7 @@ def _files(folder: Path) -> list[Callable[[], Image]]:
     )
     if not files:
         raise UserError(f"no images in {folder} (looked for {' '.join(_SUFFIXES)})")
-    return [lambda path=path: _open(path) for path in files]
+    return [functools.partial(_open, path) for path in files]
 
 
 def _open(path: Path) -> Image:
@@ -90,6 +92,8 @@ def _open(path: Path) -> Image:
         raise UserError(f"reading images needs Pillow ({error}): pip install 'fastres[bench]'") from error
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"more than 8 bits per channel (mode {image.mode})")  # Pillow would clip to white
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         # Pillow's own message for an unknown format repeats the path; the type says it shorter.
@@ -116,9 +120,10 @@ def _crop(image: Image, size: int, rng: random.Random) -> Tensor:
 def calibrate_(model: Model, images: Tensor, *, batch_size: int = 8) -> Model:
     """Replaces the running statistics of every batch norm by those of some images.
 
-    A randomly initialised deep network in eval mode overflows or dies out without this: its statistics say mean 0, variance 1. As in
-    `torch.optim.swa_utils.update_bn`, the statistics are plain averages over the batches; other layers (dropout) stay in eval mode.
-    Momentum, modes and, if the model raises, the statistics are put back.
+    Without this the activations of a randomly initialised deep network grow from block to block in eval mode: its
+    statistics say mean 0, variance 1. As in `torch.optim.swa_utils.update_bn`, they become plain averages over the
+    batches; other layers (dropout) stay in eval mode. Momentum and modes are put back, and the statistics too if the
+    model raises.
 
     Args:
         model: in place. Layers without running statistics are left alone.
@@ -144,7 +149,7 @@ def calibrate_(model: Model, images: Tensor, *, batch_size: int = 8) -> Model:
             norm.train().reset_running_stats()
             norm.momentum = None  # a cumulative average
         with torch.no_grad():
-            # Equal parts rather than a short last batch: every batch weighs the same, and one image may be too few for statistics.
+            # No short last batch: every batch weighs the same, and one image may be too few for statistics.
             for batch in torch.tensor_split(images, math.ceil(len(images) / batch_size)):
                 model(batch.to(like.device, like.dtype))
     except BaseException:

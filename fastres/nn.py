@@ -1,5 +1,5 @@
-"""Fused modules for models of your own. Each holds the real nn.Conv2d and nn.BatchNorm2d: checkpoints, hooks and SyncBatchNorm
-conversion work as for the plain modules, and where the fast path may not run, they are simply called."""
+"""Fused modules for models of your own. Each holds the real nn.Conv2d and nn.BatchNorm2d: checkpoints, hooks and
+SyncBatchNorm conversion work as for the plain modules, and where the fast path may not run, they are simply called."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class ConvBnAct2d(nn.Module):
         if sites.blocked(self, x, self.conv, self.bn) is None:
             return sites.conv_bn_act(self.conv, self.bn, x, act=self.act, residual=residual)
         y = self.bn(self.conv(x))
-        return _activate(y if residual is None else y + residual, self.act)
+        if residual is not None:
+            y += residual
+        return _activate(y, self.act)
 
     def extra_repr(self) -> str:
         return f"act={self.act}"
@@ -54,7 +56,9 @@ class BnAct2d(nn.Module):
         if sites.blocked(self, x, self.bn) is None:
             return sites.bn_act(self.bn, x, act=self.act, residual=residual)
         y = self.bn(x)
-        return _activate(y if residual is None else y + residual, self.act)
+        if residual is not None:
+            y += residual
+        return _activate(y, self.act)
 
     def extra_repr(self) -> str:
         return f"act={self.act}"

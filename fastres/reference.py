@@ -1,7 +1,8 @@
 """What every op means, in plain PyTorch. The oracle of all tests and the kernel of last resort.
 
-Each function has the signature of the raw op `torch.ops.fastres.<name>` and computes in float64, rounding once at the end; so it
-is as right as the output's dtype allows, and not fast. Shapes: x, residual, y are [N, C, H, W]; per-channel tensors are [C].
+Each function has the signature of the raw op `torch.ops.fastres.<name>` and computes in float64, rounding once at the
+end; so it is as right as the output's dtype allows, and not fast. Shapes: x, residual, y are [N, C, H, W]; per-channel
+tensors are [C].
 
 Batch norm (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167), then the residual (He et al. 2015,
 https://arxiv.org/abs/1512.03385), then the activation:
@@ -27,17 +28,21 @@ from fastres import layout
 _DIMS = (0, 2, 3)
 
 
-def _per_channel(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.double().reshape(1, -1, 1, 1)
+def _per_channel(v: Tensor) -> Tensor:
+    return v.double().reshape(1, -1, 1, 1)
 
 
-def _statistics(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
+def _statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
+) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, float64 [C]."""
     if not training:
         assert running_mean is not None and running_var is not None
         return running_mean.double().clone(), running_var.double().clone()
     if x.numel() == 0:
-        return torch.zeros_like(x[:0].sum(_DIMS), dtype=torch.float64), torch.ones_like(x[:0].sum(_DIMS), dtype=torch.float64)
+        return torch.zeros_like(x[:0].sum(_DIMS), dtype=torch.float64), torch.ones_like(
+            x[:0].sum(_DIMS), dtype=torch.float64
+        )
     var, mean = torch.var_mean(x.double(), _DIMS, correction=0)
     return mean, var
 
@@ -107,7 +112,8 @@ def bn_act_backward(
     need_affine: bool,
     need_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns grad_x, grad_weight, grad_bias (fp32, or float64 for float64 x) and grad_residual; empty where not needed.
+    """Returns grad_x, grad_weight, grad_bias (fp32, or float64 for float64 x) and grad_residual; empty where not
+    needed.
 
     grad_residual is needed only with a mask: without one it is grad_y itself.
     """
@@ -140,10 +146,18 @@ def add_act_backward(grad_y: Tensor, y: Tensor) -> Tensor:
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int], groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
 ) -> Tensor:
     """The convolution of torch.nn.functional.conv2d in float64."""
-    return F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), stride, padding, dilation, groups)
+    return F.conv2d(
+        x.double(), weight.double(), None if bias is None else bias.double(), stride, padding, dilation, groups
+    )
 
 
 def conv_bias_act(
@@ -161,7 +175,7 @@ def conv_bias_act(
     z = convolution(x, weight, bias, stride, padding, dilation, groups)
     if residual is not None:
         z = z + residual.double()
-    return _activate(z, relu).to(x.dtype).contiguous(memory_format=conv_format(x, weight))
+    return layout.in_format(_activate(z, relu).to(x.dtype), conv_format(x, weight))
 
 
 def conv_format(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -191,7 +205,7 @@ def conv_bn_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """bn_act of a convolution: returns y, the raw convolution output (both in x's dtype), mean, var and mask."""
     raw = convolution(x, conv_weight, conv_bias, stride, padding, dilation, groups)
-    raw = raw.contiguous(memory_format=conv_format(x, conv_weight))
+    raw = layout.in_format(raw, conv_format(x, conv_weight))
     y, mean, var, mask = bn_act(raw, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask)
     return y.to(x.dtype), raw.to(x.dtype), mean, var, mask
 
@@ -218,11 +232,24 @@ def conv_bn_act_backward(
     need_conv_bias: bool,
     need_affine: bool,
     need_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns grad_x, grad_conv_weight, grad_conv_bias, grad_weight, grad_bias, grad_residual; empty where not needed."""
+) -> tuple[Tensor, ...]:
+    """Returns grad_x, grad_conv_weight, grad_conv_bias, grad_weight, grad_bias, grad_residual; empty where not
+    needed."""
     needed = [need_x, need_conv_weight, need_conv_bias]
     grad_raw, grad_weight, grad_bias, grad_residual = bn_act_backward(
-        grad_y, raw.double(), weight, bias, mean, var, mask, training, eps, relu, any(needed), need_affine, need_residual
+        grad_y,
+        raw.double(),
+        weight,
+        bias,
+        mean,
+        var,
+        mask,
+        training,
+        eps,
+        relu,
+        any(needed),
+        need_affine,
+        need_residual,
     )
     grads: list[Tensor] = []
     if any(needed):
@@ -234,7 +261,10 @@ def conv_bn_act_backward(
     vector = torch.promote_types(x.dtype, torch.float32)
     like = (x, conv_weight, conv_weight)
     return (
-        *(g.to(t.dtype) if need else empty.clone() for g, t, need in zip(grads or (empty,) * 3, like, needed, strict=True)),
+        *(
+            g.to(t.dtype) if need else empty.clone()
+            for g, t, need in zip(grads or (empty,) * 3, like, needed, strict=True)
+        ),
         grad_weight.to(vector),
         grad_bias.to(vector),
         grad_residual.to(x.dtype),
@@ -254,7 +284,8 @@ def bn_act_maxpool(
     stride: int,
     padding: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """max_pool2d(act(batch_norm(x))): returns y, mean, var, and which element of its window each maximum was (uint8)."""
+    """max_pool2d(act(batch_norm(x))): returns y, mean, var, and which element of its window each maximum was
+    (uint8)."""
     x = layout.dense(x)
     mean, var = _statistics(x, running_mean, running_var, training)
     z = _activate(normalise(x, weight, bias, mean, var, eps), relu)
@@ -310,9 +341,16 @@ def bn_act_maxpool_backward(
 
 
 def update_running_stats_(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, num_batches_tracked: Tensor | None, momentum: float, count: int
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    count: int,
 ) -> None:
-    """running = (1 - f) * running + f * batch, with the unbiased variance; f = momentum, or 1 / num_batches_tracked if given.
+    """running = (1 - f) * running + f * batch, with the unbiased variance; f = momentum, or 1 / num_batches_tracked if
+    given.
 
     Nothing happens for an empty batch, as in eager.
     """

@@ -43,7 +43,11 @@ class Report:
         lines = [f"{self.fused} of {self.total} operations fused"]
         by_kind: Counter[str] = Counter(row.kind for row in self.rows)
         fused: Counter[str] = Counter(row.kind for row in self.rows if row.fused)
-        lines += [f"  {kind:<5} {fused[kind]:>4} of {by_kind[kind]}" for kind in ("conv", "bn", "act", "add", "pool") if by_kind[kind]]
+        lines += [
+            f"  {kind:<5} {fused[kind]:>4} of {by_kind[kind]}"
+            for kind in ("conv", "bn", "act", "add", "pool")
+            if by_kind[kind]
+        ]
         kernels: Counter[str] = Counter(row.kernel for row in self.rows if row.kernel)
         lines += [f"  by kernel {name}: {count}" for name, count in kernels.most_common()]
         left = [row for row in self.rows if not row.fused]

@@ -1,8 +1,9 @@
-"""A site is a place where fused code may run in a module's stead: a convolution with its batch norm, a batch norm, an addition.
+"""A site is a place where fused code may run in a module's stead: a convolution with its batch norm, a batch norm, an
+addition.
 
-This file answers two questions at call time, in one cheap pass over a block's children: may the fast path run now (`blocked`), and
-if so how (`conv_bn_act`, `bn_act`, `bn_act_maxpool`). Nothing is decided once and for all: hooks, parametrizations, SyncBatchNorm
-conversion, frozen batch norms and mode changes that come after the swap are seen.
+This file answers two questions at call time, in one cheap pass over a block's children: may the fast path run now
+(`blocked`), and if so how (`conv_bn_act`, `bn_act`, `bn_act_maxpool`). Nothing is decided once and for all: hooks,
+parametrizations, SyncBatchNorm conversion, frozen batch norms and mode changes that come after the swap are seen.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import config, functional
+from fastres import folding, functional
 from fastres import ops as _ops
-from fastres.kernels import extension, onednn, table
+from fastres.kernels import table
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GLOBAL_HOOKS = (
@@ -44,7 +44,8 @@ def listening(listener: Callable[[nn.Module, str | None], None]) -> Any:
 
 
 def blocked(block: nn.Module, x: Any, *children: nn.Module | None) -> str | None:
-    """Why `block` has to run its original forward on `x` now, or None. `children`: the modules the fast path would not call."""
+    """Why `block` has to run its original forward on `x` now, or None. `children`: the modules the fast path would not
+    call."""
     reason = _input_blocked(x) or _children_blocked(x, children)
     if _listener is not None:
         _listener(block, reason)
@@ -98,7 +99,7 @@ def child_blocked(child: nn.Module) -> str | None:
         return f"{kind.__name__} has its own forward"
     if kind is nn.Conv2d and (child.padding_mode != "zeros" or isinstance(child.padding, str)):
         return f"padding {child.padding!r}, mode {child.padding_mode!r}"
-    return _max_pool_blocked(child) if kind is nn.MaxPool2d else None
+    return _max_pool_blocked(child) if isinstance(child, nn.MaxPool2d) else None
 
 
 def _conv_blocked(conv: nn.Conv2d, x: Tensor, cast: bool) -> str | None:
@@ -116,10 +117,8 @@ def _batch_norm_blocked(bn: nn.BatchNorm2d, x: Tensor) -> str | None:
     mean, var = bn.running_mean, bn.running_var
     if (mean is None) != (var is None):
         return "one of the running statistics is None"
-    if mean is None and bn.eps <= 0:
-        return f"eps {bn.eps}"
-    if bn.training and bn.eps <= 0:
-        return f"eps {bn.eps}"
+    if bn.eps < 0 or (bn.eps == 0 and (bn.training or mean is None)):
+        return f"eps {bn.eps}"  # eager's own error
     for t in (bn.weight, bn.bias, mean, var):
         if t is None:
             continue
@@ -132,7 +131,7 @@ def _batch_norm_blocked(bn: nn.BatchNorm2d, x: Tensor) -> str | None:
     return None
 
 
-def _max_pool_blocked(pool: nn.MaxPool2d) -> str | None:
+def _max_pool_blocked(pool: Any) -> str | None:
     sizes = (pool.kernel_size, pool.stride, pool.padding)
     if pool.dilation != 1 or pool.ceil_mode or pool.return_indices or not all(isinstance(s, int) for s in sizes):
         return "max-pooling with dilation, ceil_mode, indices or uneven windows"
@@ -142,8 +141,8 @@ def _max_pool_blocked(pool: nn.MaxPool2d) -> str | None:
 
 
 def _tracked(bn: nn.BatchNorm2d) -> tuple[bool, float, Tensor | None]:
-    """As nn.BatchNorm2d.forward: counts the batch; returns whether batch statistics are used, the momentum, and the counter if
-    it is to be used in the momentum's place."""
+    """As nn.BatchNorm2d.forward: counts the batch; returns whether batch statistics are used, the momentum, and the
+    counter if it is to be used in the momentum's place."""
     counter = bn.num_batches_tracked
     if bn.training and bn.track_running_stats and counter is not None:
         counter.add_(1)
@@ -160,6 +159,8 @@ def _running(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
 
 def bn_act(bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None = None) -> Tensor:
     """act(bn(x) + residual) with the module's attributes as they are now."""
+    if residual is not None and not _fits(residual, x.shape, x):
+        return _add_separately(bn_act(bn, x, act="identity"), residual, act)
     training, momentum, counter = _tracked(bn)
     return functional.bn_act(
         x,
@@ -175,7 +176,7 @@ def bn_act(bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None =
     )
 
 
-def bn_act_maxpool(bn: nn.BatchNorm2d, pool: nn.MaxPool2d, x: Tensor, *, act: str) -> Tensor:
+def bn_act_maxpool(bn: nn.BatchNorm2d, pool: Any, x: Tensor, *, act: str) -> Tensor:
     """pool(act(bn(x))) with the modules' attributes as they are now."""
     training, momentum, counter = _tracked(bn)
     return functional.bn_act_maxpool(
@@ -196,16 +197,18 @@ def bn_act_maxpool(bn: nn.BatchNorm2d, pool: nn.MaxPool2d, x: Tensor, *, act: st
 
 def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None = None) -> Tensor:
     """act(bn(conv(x)) + residual): in inference one convolution with folded, packed weights, else conv_bn_act."""
+    geometry = folding.geometry(conv)
+    shape = functional.check_convolution(
+        x, conv.weight, conv.bias, geometry
+    )  # its errors come before the batch is counted
+    if residual is not None and not _fits(residual, shape, x):
+        return _add_separately(conv_bn_act(conv, bn, x, act="identity"), residual, act)
     if not bn.training and bn.running_mean is not None and not _wants_gradient(conv, bn, x, residual):
-        folded = _folded(conv, bn, x)
+        folded = folding.folded(conv, bn, x)
         if folded is not None:
             weight, bias, order = folded
             x = x.contiguous(memory_format=order) if order is torch.channels_last else x
-            geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-            residual = residual if residual is None or residual.dtype is x.dtype else residual.to(x.dtype)
             return _ops.conv_bias_act.op(x, weight, bias, residual, *geometry, act == "relu")
-    geometry = ([*conv.stride], [*conv.padding], [*conv.dilation], conv.groups)
-    functional.check_convolution(x, conv.weight, conv.bias, geometry)  # an error must come before the batch is counted
     training, momentum, counter = _tracked(bn)
     return functional.conv_bn_act(
         x,
@@ -215,10 +218,10 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, *, act: str, res
         bn.bias,
         residual,
         conv_bias=conv.bias,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
+        stride=geometry[0],
+        padding=geometry[1],
+        dilation=geometry[2],
+        groups=geometry[3],
         training=training,
         momentum=momentum,
         eps=bn.eps,
@@ -227,71 +230,19 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, *, act: str, res
     )
 
 
+def _fits(residual: Tensor, shape: Any, x: Tensor) -> bool:
+    """Whether a residual can be added inside an op: everything else has eager's `+=` rules, broadcasting and dtypes."""
+    cast = torch.is_autocast_enabled(x.device.type)
+    return residual.shape == torch.Size(shape) and residual.device == x.device and (cast or residual.dtype is x.dtype)
+
+
+def _add_separately(y: Tensor, residual: Tensor, act: str) -> Tensor:
+    y += residual
+    return y.relu() if act == "relu" else y
+
+
 def _wants_gradient(conv: nn.Conv2d, bn: nn.BatchNorm2d, *tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     used = (conv.weight, conv.bias, bn.weight, bn.bias, *tensors)
     return any(t is not None and t.requires_grad for t in used)
-
-
-class _Folded:
-    """Folded and packed weights of one convolution, with what they were made from."""
-
-    __slots__ = ("bias", "dtype", "eps", "fingerprint", "order", "versions", "weight")
-
-
-# A module's entry goes with the module. Copies and pickles of a model carry no folded weights.
-_cache: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
-
-
-def forget(model: nn.Module) -> None:
-    """Drops the folded weights of every convolution of `model`."""
-    for module in model.modules():
-        _cache.pop(module, None)
-
-
-def _versions(tensors: list[Tensor]) -> tuple[Any, ...]:
-    return tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)
-
-
-def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, torch.memory_format] | None:
-    """Weight and bias for conv_bias_act, and the layout its input is to have; None where they must not or cannot be kept.
-
-    Kept between calls under three witnesses: identity and version counter of every tensor, and a fingerprint of the values, because
-    writes through `.data` and to inference tensors move no counter. The fingerprint reads batch norm's tensors whole, and of a large
-    weight samples of every output and every input channel (csrc/cpu/fingerprint.cpp); `fastres.refresh_` is for any other write.
-    """
-    if not config.keep_folded_weights or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-        return None
-    if x.device.type != "cpu" or extension.load_error() is not None or x.dtype is torch.float64 or not x.numel():
-        return None
-    if not any(kernel.name == "cpu" for kernel in table.kernels("conv_bias_act", "cpu")):
-        return None
-    tensors = [t for t in (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
-    versions, fingerprint = _versions(tensors), torch.ops.fastres_cpu.fingerprint.default(tensors)
-    entry = _cache.get(conv)
-    if (
-        entry is None
-        or entry.fingerprint != fingerprint
-        or entry.versions != versions
-        or entry.eps != bn.eps
-        or entry.dtype is not x.dtype
-    ):
-        entry = _fold(conv, bn, x)
-        entry.versions, entry.fingerprint = versions, fingerprint
-        _cache[conv] = entry
-    return None if entry.weight is None else (entry.weight, entry.bias, entry.order)
-
-
-@torch.no_grad()
-def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> _Folded:
-    entry = _Folded()
-    entry.eps, entry.dtype = bn.eps, x.dtype
-    channels_last = conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous()
-    entry.order = torch.channels_last if channels_last else torch.contiguous_format
-    weight, bias = functional.fold(conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-    weight, bias = (t.to(onednn.compute_dtype(x.dtype)) for t in (weight, bias))
-    entry.weight, entry.bias = None, bias
-    if bool(weight.isfinite().all()) and bool(bias.isfinite().all()):  # else batch norm runs by itself, where nothing overflows
-        entry.weight = onednn.pack(weight, x.shape, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return entry

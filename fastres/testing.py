@@ -1,4 +1,5 @@
-"""Cases, errors and budgets that tests, `fastres verify` and benchmarks share (DESIGN: everything is judged against float64)."""
+"""Cases, errors and budgets that tests, `fastres verify` and benchmarks share (DESIGN: everything is judged against
+float64)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-#: Activations [N, C, H, W], the ugly ones included: odd channel counts, 1x1 maps, batch 1, more rows than one chunk of work.
+#: Activations [N, C, H, W], the ugly ones included: odd channel counts, 1x1 maps, batch 1, more rows than one chunk of
+#: work.
 SHAPES = (
     (4, 64, 14, 14),
     (2, 17, 7, 5),
@@ -51,7 +53,9 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     if x.shape != truth.shape:
         return float("inf")
     finite = torch.isfinite(truth)
-    if not torch.equal(finite, torch.isfinite(x)) or not torch.equal(x[~finite].nan_to_num(), truth[~finite].nan_to_num()):
+    if not torch.equal(finite, torch.isfinite(x)) or not torch.equal(
+        x[~finite].nan_to_num(), truth[~finite].nan_to_num()
+    ):
         return float("inf")
     scale = truth[finite].norm()
     error = (x[finite] - truth[finite]).norm()

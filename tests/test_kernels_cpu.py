@@ -1,4 +1,5 @@
-"""Every kernel of every op against the float64 reference, with eager as second witness: outputs, gradients, statistics."""
+"""Every kernel of every op against the float64 reference, with eager as second witness: outputs, gradients,
+statistics."""
 
 import pytest
 import torch
@@ -41,7 +42,10 @@ def test_bn_act(kernel, case, with_residual, training, relu):
 
     def run(function, dtype):
         tensors = [t if t is None else t.detach().to(dtype).requires_grad_() for t in (x, residual)]
-        affine = [t.clone().to(torch.float64 if dtype is torch.float64 else torch.float32).requires_grad_() for t in (weight, bias)]
+        affine = [
+            t.clone().to(torch.float64 if dtype is torch.float64 else torch.float32).requires_grad_()
+            for t in (weight, bias)
+        ]
         running = [t.clone().to(affine[0].dtype) for t in (mean, var)]
         y = function(tensors[0], *running, *affine, tensors[1])
         inputs = [t for t in (*tensors, *affine) if t is not None]
@@ -60,7 +64,15 @@ def test_bn_act(kernel, case, with_residual, training, relu):
         got = run(fused, case.dtype)
     witness = run(eager, case.dtype)
     assert got[0].stride() == witness[0].stride()
-    names = ["y", "grad_x", *(["grad_residual"] if with_residual else []), "grad_weight", "grad_bias", "running_mean", "running_var"]
+    names = [
+        "y",
+        "grad_x",
+        *(["grad_residual"] if with_residual else []),
+        "grad_weight",
+        "grad_bias",
+        "running_mean",
+        "running_var",
+    ]
     assert_parity(got, run(eager, torch.float64), witness, case.dtype, names)
 
 
@@ -97,7 +109,10 @@ def test_bn_act_maxpool(kernel, case, pool, training, relu):
 
     def run(function, dtype):
         x_ = x.detach().to(dtype).requires_grad_()
-        affine = [t.clone().to(torch.float64 if dtype is torch.float64 else torch.float32).requires_grad_() for t in (weight, bias)]
+        affine = [
+            t.clone().to(torch.float64 if dtype is torch.float64 else torch.float32).requires_grad_()
+            for t in (weight, bias)
+        ]
         running = [t.clone().to(affine[0].dtype) for t in (mean, var)]
         y = function(x_, *running, *affine)
         grad_y = torch.linspace(-1, 1, y.numel(), dtype=torch.float32).reshape(y.shape).to(case.dtype).to(dtype)
@@ -164,7 +179,11 @@ def test_conv_bias_act(kernel, convolution, dtype, with_residual, layout):
 def test_conv_bn_act(kernel, convolution, dtype, with_residual, training, layout):
     c, k, size, stride, padding, dilation, groups, h, w = convolution
     case = Case((2, c, h, w), dtype, layout)
-    x, conv_weight, conv_bias = case.tensor(), case.tensor(shape=(k, c // groups, size, size), std=0.2), torch.randn(k).to(dtype)
+    x, conv_weight, conv_bias = (
+        case.tensor(),
+        case.tensor(shape=(k, c // groups, size, size), std=0.2),
+        torch.randn(k).to(dtype),
+    )
     weight, bias, mean, var = per_channel(k)
     geometry = (stride, padding, dilation, groups)
     out = F.conv2d(x, conv_weight, conv_bias, *geometry)
@@ -172,8 +191,13 @@ def test_conv_bn_act(kernel, convolution, dtype, with_residual, training, layout
     grad_y = case.tensor(shape=tuple(out.shape))
 
     def run(function, dtype):
-        tensors = [t if t is None else t.detach().to(dtype).requires_grad_() for t in (x, conv_weight, conv_bias, residual)]
-        affine = [t.clone().to(torch.float64 if dtype is torch.float64 else torch.float32).requires_grad_() for t in (weight, bias)]
+        tensors = [
+            t if t is None else t.detach().to(dtype).requires_grad_() for t in (x, conv_weight, conv_bias, residual)
+        ]
+        affine = [
+            t.clone().to(torch.float64 if dtype is torch.float64 else torch.float32).requires_grad_()
+            for t in (weight, bias)
+        ]
         running = [t.clone().to(affine[0].dtype) for t in (mean, var)]
         y = function(*tensors, *running, *affine)
         # Without conv_bias, whose gradient is zero but for rounding when batch statistics are used.
@@ -193,7 +217,16 @@ def test_conv_bn_act(kernel, convolution, dtype, with_residual, training, layout
     with fastres.use_kernels(kernel):
         got = run(fused, dtype)
     witness = run(eager, dtype)
-    names = ["y", "grad_x", "grad_conv_weight", *(["grad_residual"] if with_residual else []), "grad_weight", "grad_bias", "mean", "var"]
+    names = [
+        "y",
+        "grad_x",
+        "grad_conv_weight",
+        *(["grad_residual"] if with_residual else []),
+        "grad_weight",
+        "grad_bias",
+        "mean",
+        "var",
+    ]
     assert_parity(got, run(eager, torch.float64), witness, dtype, names)
 
 
@@ -286,7 +319,17 @@ def test_half_conversions_of_every_value():
         wide = torch.randn(4, 16, 32, 32) * torch.logspace(-12, 6, 16).reshape(1, -1, 1, 1)
         zero = torch.zeros_like(wide, dtype=dtype)
         half = torch.ops.fastres_cpu.bn_act(
-            wide.to(dtype), None, None, torch.zeros(16).double(), torch.full((16,), 9.0).double(), zero, False, 0.0, False, False, False
+            wide.to(dtype),
+            None,
+            None,
+            torch.zeros(16).double(),
+            torch.full((16,), 9.0).double(),
+            zero,
+            False,
+            0.0,
+            False,
+            False,
+            False,
         )[0]
         truth = (wide.to(dtype).double() / 3).to(dtype)
         assert (half != truth).float().mean() < 1e-3  # fp32 division by multiplication may round a tie the other way

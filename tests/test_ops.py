@@ -1,4 +1,5 @@
-"""Registration of the ops: opcheck, gradcheck in float64 (first and second order), torch.compile, torch.export, autocast."""
+"""Registration of the ops: opcheck, gradcheck in float64 (first and second order), torch.compile, torch.export,
+autocast."""
 
 import pytest
 import torch
@@ -39,8 +40,14 @@ def sample_calls(dtype, layout, requires_grad=True):
         yield ops.bn_act, (x, weight, bias, mean, var, residual, training, 1e-5, True, True)
         yield ops.bn_act, (x, None, None, mean, var, residual, training, 1e-5, False, False)
         yield ops.bn_act_maxpool, (x, weight, bias, mean, var, training, 1e-5, True, 3, 2, 1)
-        yield ops.conv_bn_act, (x, conv_weight, None, weight, bias, mean, var, residual, *GEOMETRY, training, 1e-5, True, True)
-        yield ops.conv_bn_act, (x, conv_weight, conv_bias, weight, bias, mean, var, None, *GEOMETRY, training, 1e-5, True, False)
+        yield (
+            ops.conv_bn_act,
+            (x, conv_weight, None, weight, bias, mean, var, residual, *GEOMETRY, training, 1e-5, True, True),
+        )
+        yield (
+            ops.conv_bn_act,
+            (x, conv_weight, conv_bias, weight, bias, mean, var, None, *GEOMETRY, training, 1e-5, True, False),
+        )
     yield ops.add_act, (x, residual, True)
     yield ops.add_act, (x, residual, False)
     yield ops.conv_bias_act, (x, conv_weight, conv_bias, residual, *GEOMETRY, True)
@@ -61,7 +68,13 @@ COUNT = len(list(sample_calls(torch.float32, LAYOUTS[0])))
 def test_opcheck(index, layout, dtype):
     op, args = list(sample_calls(dtype, layout, requires_grad=True))[index]
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    opcheck(op, args, test_utils=utils, rtol=1e-2 if dtype is torch.bfloat16 else None, atol=1e-2 if dtype is torch.bfloat16 else None)
+    opcheck(
+        op,
+        args,
+        test_utils=utils,
+        rtol=1e-2 if dtype is torch.bfloat16 else None,
+        atol=1e-2 if dtype is torch.bfloat16 else None,
+    )
 
 
 def test_opcheck_of_backward_and_update():
@@ -73,9 +86,30 @@ def test_opcheck_of_backward_and_update():
         opcheck(ops.bn_act_backward, (y, x, weight, bias, m, v, mask, True, 1e-5, True, need, need, True))
     p, m, v, index = ops.bn_act_maxpool(x, weight, bias, mean, var, True, 1e-5, True, 3, 2, 1)
     opcheck(ops.bn_act_maxpool_backward, (p, x, weight, bias, m, v, index, True, 1e-5, True, 3, 2, 1, True, True))
-    y, raw, m, v, mask = ops.conv_bn_act(x, conv_weight, None, weight, bias, mean, var, residual, *GEOMETRY, True, 1e-5, True, True)
+    y, raw, m, v, mask = ops.conv_bn_act(
+        x, conv_weight, None, weight, bias, mean, var, residual, *GEOMETRY, True, 1e-5, True, True
+    )
     for need in (True, False):
-        args = (y, x, conv_weight, raw, weight, bias, m, v, mask, *GEOMETRY, True, 1e-5, True, need, need, need, True, True)
+        args = (
+            y,
+            x,
+            conv_weight,
+            raw,
+            weight,
+            bias,
+            m,
+            v,
+            mask,
+            *GEOMETRY,
+            True,
+            1e-5,
+            True,
+            need,
+            need,
+            need,
+            True,
+            True,
+        )
         opcheck(ops.conv_bn_act_backward, args)
     opcheck(ops.add_act_backward, (x, y))
     opcheck(ops.update_running_stats_, (mean.clone(), var.clone(), m, v, None, 0.1, 60))
@@ -84,7 +118,9 @@ def test_opcheck_of_backward_and_update():
 
 def differentiable_calls():
     """Functions of float64 tensors that need gradients, through fastres.functional."""
-    x, residual, weight, bias, mean, var, conv_weight, conv_bias = stem_case(torch.float64, torch.channels_last, channels=3)
+    x, residual, weight, bias, mean, var, conv_weight, conv_bias = stem_case(
+        torch.float64, torch.channels_last, channels=3
+    )
     for training in (True, False):
         options = {"training": training, "momentum": 0.0}
         yield lambda x, w, b, o=options: functional.bn_act(x, mean, var, w, b, **o), (x, weight, bias)
@@ -96,7 +132,9 @@ def differentiable_calls():
             (x, conv_weight, weight, bias, residual),
         )
         yield (
-            lambda x, k, kb, w, o=options: functional.conv_bn_act(x, k, mean, var, w, None, conv_bias=kb, stride=2, **o),
+            lambda x, k, kb, w, o=options: functional.conv_bn_act(
+                x, k, mean, var, w, None, conv_bias=kb, stride=2, **o
+            ),
             (x, conv_weight, conv_bias, weight),
         )
     yield functional.add_act, (x, residual)
@@ -212,7 +250,9 @@ def test_export_with_dynamic_batch(training):
 def test_autocast_casts_the_convolution_and_leaves_batch_norm_alone():
     x, residual, weight, bias, mean, var, conv_weight, conv_bias = stem_case(torch.float32, torch.channels_last)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = functional.conv_bn_act(x, conv_weight, mean, var, weight, bias, residual, padding=1, training=True, momentum=0.0)
+        y = functional.conv_bn_act(
+            x, conv_weight, mean, var, weight, bias, residual, padding=1, training=True, momentum=0.0
+        )
         want = F.batch_norm(F.conv2d(x, conv_weight, padding=1), None, None, weight, bias, True)
         want += residual  # in place: keeps bfloat16
         want = F.relu(want)
@@ -231,10 +271,14 @@ def test_autocast_casts_the_convolution_and_leaves_batch_norm_alone():
 
 
 def test_gradients_only_where_needed():
-    x, residual, weight, bias, mean, var, conv_weight, _ = (t.detach() for t in stem_case(torch.float32, torch.channels_last))
+    x, residual, weight, bias, mean, var, conv_weight, _ = (
+        t.detach() for t in stem_case(torch.float32, torch.channels_last)
+    )
     for wanted in (x, weight, bias, residual, conv_weight):
         wanted.requires_grad_()
-        y = functional.conv_bn_act(x, conv_weight, mean, var, weight, bias, residual, padding=1, training=True, momentum=0.0)
+        y = functional.conv_bn_act(
+            x, conv_weight, mean, var, weight, bias, residual, padding=1, training=True, momentum=0.0
+        )
         y.square().sum().backward()
         assert wanted.grad is not None and wanted.grad.shape == wanted.shape
         others = [t for t in (x, weight, bias, residual, conv_weight) if t is not wanted]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres import layout
+from fastres import layout, reference
 from fastres.kernels import extension
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +47,16 @@ def _double(t: Tensor | None) -> Tensor | None:
 
 
 def bn_act(
-    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, residual: Tensor | None, training: bool, eps: float, relu: bool, save_mask: bool
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+    save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = layout.dense(x)
     channels_last = layout.is_channels_last(x)
@@ -76,10 +85,14 @@ def add_act(x: Tensor, residual: Tensor, relu: bool) -> Tensor:
 
 def add_act_backward(grad_y: Tensor, y: Tensor) -> Tensor:
     y = layout.dense(y)
-    return torch.ops.fastres_cpu.add_act_backward.default(layout.like(grad_y.to(y.dtype), layout.is_channels_last(y)), y)
+    return torch.ops.fastres_cpu.add_act_backward.default(
+        layout.like(grad_y.to(y.dtype), layout.is_channels_last(y)), y
+    )
 
 
-def bn_act_maxpool(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *options: Any) -> tuple[Tensor, ...]:
+def bn_act_maxpool(
+    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *options: Any
+) -> tuple[Tensor, ...]:
     x = layout.dense(x)
     mean, var = (None, None) if training else (_double(mean), _double(var))
     return torch.ops.fastres_cpu.bn_act_maxpool.default(
@@ -121,6 +134,7 @@ def conv_bn_act(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     raw = torch.ops.aten.convolution(x, conv_weight, conv_bias, stride, padding, dilation, False, [0, 0], groups)
+    raw = layout.in_format(raw, reference.conv_format(x, conv_weight))
     y, mean, var, mask = bn_act(raw, weight, bias, mean, var, residual, *options)
     return y, raw, mean, var, mask
 

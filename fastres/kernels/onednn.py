@@ -1,7 +1,7 @@
-"""conv_bias_act on CPU: oneDNN's convolution with bias, residual and ReLU in its epilogue, reached through ATen.
+"""conv_bias_act on CPU: oneDNN's convolution with bias and residual in its epilogue, reached through ATen.
 
-The weight may be packed (`pack`): oneDNN's own blocked order, which a plain weight is put into on every call. Where oneDNN has no
-bf16 or fp16 convolution on this processor, the activation is converted and the convolution runs in fp32.
+The weight may be packed (`pack`): oneDNN's own blocked order, which a plain weight is put into on every call. Where
+oneDNN has no bf16 or fp16 convolution on this processor, the activation is converted and the convolution runs in fp32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres import reference
+from fastres import layout, reference
 
 
 def unavailable() -> str | None:
@@ -37,11 +37,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def pack(weight: Tensor, input_shape: torch.Size, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
+def pack(
+    weight: Tensor, input_shape: torch.Size, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> Tensor:
     """`weight` [K, C/groups, R, S] in oneDNN's order for inputs of about this shape (right for all)."""
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(
-        weight.to_mkldnn(), list(padding), list(stride), list(dilation), groups, list(input_shape)
-    )
+    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the last argument
+    return reorder(weight.to_mkldnn(), list(padding), list(stride), list(dilation), groups, list(input_shape))
 
 
 def conv_bias_act(
@@ -60,14 +61,14 @@ def conv_bias_act(
     x = x.to(dtype)
     weight = weight if weight.is_mkldnn else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    activation = "relu" if relu else None
+    geometry = (padding, stride, dilation, groups)
     if residual is None:
-        y = torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, padding, stride, dilation, groups, activation or "none", [], ""
-        )
+        y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")
     else:
         residual = residual.to(dtype).contiguous(memory_format=order)
         y = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, activation, [], ""
+            x, residual, weight, bias, *geometry, "add", 1.0, None, [], ""
         )
-    return y.to(storage).contiguous(memory_format=order)
+    if relu:
+        y = y.relu_()  # not oneDNN's, which turns NaN into 0
+    return layout.in_format(y.to(storage), order)

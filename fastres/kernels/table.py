@@ -1,7 +1,7 @@
 """Which kernel serves which op on which device, in order of preference, and why one does not.
 
-The first kernel of the list that has no reason against a call serves it. The reference is the last of every list: it serves
-everything, in plain PyTorch.
+The first kernel of the list that has no reason against a call serves it. The reference is the last of every list: it
+serves everything, in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,14 @@ def _cpu(op: str) -> Kernel:
     return Kernel("cpu", getattr(cpu, op), cpu.unavailable, cpu.why_not)
 
 
-_BATCH_NORM_OPS = ("bn_act", "bn_act_backward", "add_act", "add_act_backward", "bn_act_maxpool", "bn_act_maxpool_backward")
+_BATCH_NORM_OPS = (
+    "bn_act",
+    "bn_act_backward",
+    "add_act",
+    "add_act_backward",
+    "bn_act_maxpool",
+    "bn_act_maxpool_backward",
+)
 
 #: (op, device type) -> kernels, best first. Devices without an entry have the reference only.
 TABLE: dict[tuple[str, str], list[Kernel]] = {
@@ -88,7 +95,8 @@ def select(op: str, args: tuple[Any, ...]) -> Kernel:
 
 
 def no_fused_kernel(op: str, device_type: str) -> str | None:
-    """Why `op` has nothing better than the reference on this device type, or None. A forced reference counts as a choice."""
+    """Why `op` has nothing better than the reference on this device type, or None. A forced reference counts as a
+    choice."""
     found = kernels(op, device_type)
     if _forced is not None or any(k.name != "reference" and k.unavailable() is None for k in found):
         return None

@@ -1,5 +1,6 @@
-"""The ops of fastres. Importing this package registers them as torch.ops.fastres.*; fastres.functional is how to call them."""
+"""The ops of fastres. Importing this package registers them as torch.ops.fastres.*; fastres.functional is how to call
+them."""
 
-from fastres.ops import add_act, bn_act, bn_act_maxpool, conv_bias_act, conv_bn_act, update_running_stats
+from fastres.ops import add_act, bn_act, bn_act_maxpool, conv_bias_act, conv_bn_act, flops, update_running_stats
 
-__all__ = ["add_act", "bn_act", "bn_act_maxpool", "conv_bias_act", "conv_bn_act", "update_running_stats"]
+__all__ = ["add_act", "bn_act", "bn_act_maxpool", "conv_bias_act", "conv_bn_act", "flops", "update_running_stats"]

@@ -1,4 +1,5 @@
-"""fastres::add_act: y = act(x + residual). Saved for backward: y, which the next op saves anyway; nothing without a ReLU."""
+"""fastres::add_act: y = act(x + residual). Saved for backward: y, which the next op saves anyway; nothing without a
+ReLU."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """fastres::bn_act: batch norm (+ residual) (+ ReLU). Formulas: fastres/reference.py.
 
-Saved for backward: x, mean, var, and only with a residual under a ReLU a mask of 1 bit a value. Without a residual the sign of the
+Saved for backward: x, mean, var, and only with a residual under a ReLU a mask of 1 bit a value. Without a residual the
+sign of the
 ReLU's input is recomputed from x, which backward reads anyway.
 """
 
@@ -84,7 +85,8 @@ def second_order(
     eps: float,
     relu: bool,
 ) -> list[Tensor | None]:
-    """Differentiable grad_x, grad_weight, grad_bias. `keep`: where the ReLU let z through, if it cannot be recomputed."""
+    """Differentiable grad_x, grad_weight, grad_bias. `keep`: where the ReLU let z through, if it cannot be
+    recomputed."""
 
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         used_var, used_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0) if training else (var, mean)
@@ -143,7 +145,9 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
 call = registration.differentiable(op, _setup_context, _backward)
 
 
-def _cast(dtype: torch.dtype, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, residual: Any, *rest: Any) -> tuple[Any, ...]:
+def _cast(
+    dtype: torch.dtype, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, residual: Any, *rest: Any
+) -> tuple[Any, ...]:
     # Batch norm is on none of autocast's lists: x keeps its dtype, and `out += residual` keeps that of out.
     return (x, weight, bias, mean, var, registration.to_dtype(residual, x.dtype), *rest)
 

@@ -1,4 +1,5 @@
-"""fastres::bn_act_maxpool: max_pool2d(act(batch_norm(x))), the tail of a ResNet's stem, without writing the normalised activation.
+"""fastres::bn_act_maxpool: max_pool2d(act(batch_norm(x))), the tail of a ResNet's stem, without writing the normalised
+activation.
 
 Saved for backward: x, mean, var, and a byte per pooled value: which element of its window was the maximum.
 """
@@ -70,7 +71,8 @@ op = registration.define(
     _fake,
 )
 backward_op = registration.define(
-    "bn_act_maxpool_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor index, "
+    "bn_act_maxpool_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "Tensor index, "
     "bool training, float eps, bool relu, int kernel, int stride, int padding, bool need_x, bool need_affine) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_backward,

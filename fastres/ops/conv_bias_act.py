@@ -1,6 +1,8 @@
-"""fastres::conv_bias_act: y = act(conv(x, weight) + bias + residual), the inference form of a block once batch norm is folded.
+"""fastres::conv_bias_act: y = act(conv(x, weight) + bias + residual), the inference form of a block once batch norm is
+folded.
 
-`weight` may be a packed one (fastres/kernels/onednn.py); that form has no gradient. Otherwise x, weight and y are saved.
+`weight` may be a packed one (fastres/kernels/onednn.py); that form has no gradient. Otherwise x, weight and y are
+saved.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres import reference
+from fastres import layout, reference
 from fastres.ops import registration
 
 
@@ -26,11 +28,12 @@ def _fake(
     relu: bool,
 ) -> Tensor:
     y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], groups)
-    return y.contiguous(memory_format=reference.conv_format(x, weight))
+    return layout.in_format(y, reference.conv_format(x, weight))
 
 
 op = registration.define(
-    "conv_bias_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, "
+    "conv_bias_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+    "int[] dilation, "
     "int groups, bool relu) -> Tensor",
     _fake,
 )
@@ -58,7 +61,9 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     g = grad_y if y is None else torch.where(y <= 0, 0.0, grad_y)
     needed = (need_x, need_weight, need_bias)
-    grads = convolution_backward(g, x, weight, ctx.has_bias, tuple(ctx.geometry), needed) if any(needed) else (None,) * 3
+    grads = (
+        convolution_backward(g, x, weight, ctx.has_bias, tuple(ctx.geometry), needed) if any(needed) else (None,) * 3
+    )
     return (
         *(grad if need else None for grad, need in zip(grads, needed, strict=True)),
         g if need_residual else None,
@@ -69,7 +74,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
 call = registration.differentiable(op, _setup_context, _backward)
 
 
-def _cast(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Any, residual: Any, *rest: Any) -> tuple[Any, ...]:
+def _cast(dtype: torch.dtype, x: Any, weight: Any, bias: Any, residual: Any, *rest: Any) -> tuple[Any, ...]:
     x, weight, bias, residual = (registration.to_dtype(t, dtype) for t in (x, weight, bias, residual))
     return (x, weight, bias, residual, *rest)
 

@@ -34,7 +34,7 @@ def _fake(
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     raw = torch.ops.aten.convolution(x, conv_weight, conv_bias, stride, padding, dilation, False, [0, 0], groups)
-    raw = raw.contiguous(memory_format=reference.conv_format(x, conv_weight))
+    raw = layout.in_format(raw, reference.conv_format(x, conv_weight))
     y, mean, var, mask = bn_act._fake(
         raw, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask
     )
@@ -63,7 +63,7 @@ def _fake_backward(
     need_conv_bias: bool,
     need_affine: bool,
     need_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     need_raw = need_x or need_conv_weight or need_conv_bias
     grad_raw, grad_weight, grad_bias, grad_residual = bn_act._fake_backward(
         grad_y, raw, weight, bias, mean, var, mask, training, eps, relu, need_raw, need_affine, need_residual
@@ -72,20 +72,28 @@ def _fake_backward(
     if not need_raw:
         return empty, empty.clone(), empty.clone(), grad_weight, grad_bias, grad_residual
     grads = convolution_backward(
-        grad_raw, x, conv_weight, need_conv_bias, (stride, padding, dilation, groups), (need_x, need_conv_weight, need_conv_bias)
+        grad_raw,
+        x,
+        conv_weight,
+        need_conv_bias,
+        (stride, padding, dilation, groups),
+        (need_x, need_conv_weight, need_conv_bias),
     )
     return (*(x.new_empty(0) if g is None else g for g in grads), grad_weight, grad_bias, grad_residual)
 
 
 op = registration.define(
     "conv_bn_act(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, Tensor? running_mean, "
-    "Tensor? running_var, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, bool training, float eps, "
+    "Tensor? running_var, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, bool "
+    "training, float eps, "
     "bool relu, bool save_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 backward_op = registration.define(
-    "conv_bn_act_backward(Tensor grad_y, Tensor x, Tensor conv_weight, Tensor raw, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor var, Tensor? mask, int[] stride, int[] padding, int[] dilation, int groups, bool training, float eps, bool relu, "
+    "conv_bn_act_backward(Tensor grad_y, Tensor x, Tensor conv_weight, Tensor raw, Tensor? weight, Tensor? "
+    "bias, Tensor mean, "
+    "Tensor var, Tensor? mask, int[] stride, int[] padding, int[] dilation, int groups, bool training, float "
+    "eps, bool relu, "
     "bool need_x, bool need_conv_weight, bool need_conv_bias, bool need_affine, bool need_residual) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
@@ -111,7 +119,9 @@ def _second_order(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     need = ctx.needs_input_grad
     keep = None if mask is None else layout.unpack_mask(mask, raw.shape, layout.is_channels_last(raw))
 
-    def forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(
+        x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         z = reference.convolution(x, conv_weight, conv_bias, stride, padding, dilation, groups)
         used_var, used_mean = torch.var_mean(z, (0, 2, 3), correction=0) if training else (var, mean)
         z = reference.normalise(z, weight, bias, used_mean, used_var, eps)
@@ -166,9 +176,20 @@ call = registration.differentiable(op, _setup_context, _backward)
 
 
 def _cast(
-    dtype: torch.dtype, x: Tensor, conv_weight: Tensor, conv_bias: Any, weight: Any, bias: Any, mean: Any, var: Any, residual: Any, *rest: Any
+    dtype: torch.dtype,
+    x: Any,
+    conv_weight: Any,
+    conv_bias: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    residual: Any,
+    *rest: Any,
 ) -> tuple[Any, ...]:
-    x, conv_weight, conv_bias, residual = (registration.to_dtype(t, dtype) for t in (x, conv_weight, conv_bias, residual))
+    x, conv_weight, conv_bias, residual = (
+        registration.to_dtype(t, dtype) for t in (x, conv_weight, conv_bias, residual)
+    )
     return (x, conv_weight, conv_bias, weight, bias, mean, var, residual, *rest)
 
 

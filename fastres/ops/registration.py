@@ -1,7 +1,7 @@
 """How an op is registered: schema, kernel choice, fake, gradient, autocast. One file of this package per op uses it.
 
-An op `fastres::<name>` is functional: it returns new tensors, and a separate op updates running statistics. Below autograd it asks
-the kernel table (fastres/kernels/table.py) who serves this call.
+An op `fastres::<name>` is functional: it returns new tensors, and a separate op updates running statistics. Below
+autograd it asks the kernel table (fastres/kernels/table.py) who serves this call.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
 
 
 def differentiable(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives `op` its gradient. Returns the function to call: op itself for tracing and without gradients, and for eager training
-    an autograd.Function around it, which costs half of what a registered formula costs."""
+    """Gives `op` its gradient. Returns the function to call: op itself for tracing and without gradients, and for
+    eager training an autograd.Function around it, which costs half of what a registered formula costs."""
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
-    eager = type(
+    eager: Any = type(
         op.name().split("::")[1],
         (torch.autograd.Function,),
         {
@@ -44,7 +44,9 @@ def differentiable(op: Any, setup_context: Callable[..., None], backward: Callab
         if (
             not torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled(args[0].device.type)  # the autocast kernel has to run before gradients are recorded
+            or torch.is_autocast_enabled(
+                args[0].device.type
+            )  # the autocast kernel has to run before gradients are recorded
             or not any(isinstance(a, Tensor) and a.requires_grad for a in args)
         ):
             return op(*args)
@@ -71,7 +73,9 @@ def to_dtype(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype is torch.float64 or not t.is_floating_point() else t.to(dtype)
 
 
-def second_order(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad_y: Tensor) -> list[Tensor | None]:
+def second_order(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad_y: Tensor
+) -> list[Tensor | None]:
     """Gradients that can be differentiated again (`create_graph=True`): those of the reference formula."""
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
     y = function(*inputs)

@@ -1,7 +1,7 @@
 """Blocks that fuse_ knows, one file a library. `RECIPES` names them without importing anything.
 
-A recipe is an importable subclass of the block's own class that overrides `forward` and nothing else, so a swap of `__class__`
-keeps children, parameters, state_dict, hooks, deepcopy and pickle as they were.
+A recipe is an importable subclass of the block's own class that overrides `forward` and nothing else, so a swap of
+`__class__` keeps children, parameters, state_dict, hooks, deepcopy and pickle as they were.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ RECIPES: dict[tuple[str, str], tuple[str, str]] = {
 
 
 def fused_class(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The fused subclass for exactly this class, or None. Subclasses have a forward of their own and are not matched."""
+    """The fused subclass for exactly this class, or None. Subclasses have a forward of their own and are not
+    matched."""
     found = RECIPES.get((cls.__module__, cls.__qualname__))
     return getattr(importlib.import_module(found[0]), found[1]) if found else None

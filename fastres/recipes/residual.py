@@ -1,4 +1,5 @@
-"""The fused forwards of post-activation residual networks (He et al. 2015), for every library that writes them this way."""
+"""The fused forwards of post-activation residual networks (He et al. 2015), for every library that writes them this
+way."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from fastres import sites
 class FusedModule:
     """What fuse_ and explain need to know of a fused class."""
 
-    #: The method that the fused class overrides, and the names the original uses in it: other names, other forward, no swap.
+    #: The method that the fused class overrides, and the names the original uses in it (others: no swap).
     forward_method: ClassVar[str] = "forward"
     forward_names: ClassVar[frozenset[str]]
     #: Children that the fused forward does not call, in the order of the forward; and whether it adds a residual.
@@ -35,10 +36,11 @@ def _shortcut(block: Any, x: Tensor) -> Tensor:
     if downsample is None:
         return x
     if type(downsample) is nn.Sequential and len(downsample) == 2:
-        conv, bn = downsample
+        conv: Any = downsample[0]
+        bn: Any = downsample[1]
         hooked = downsample._forward_hooks or downsample._forward_pre_hooks or downsample._backward_hooks
-        plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and not hooked and not downsample._backward_pre_hooks
-        if plain and sites.blocked(downsample, x, conv, bn) is None:
+        plain = isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d) and not hooked
+        if plain and not downsample._backward_pre_hooks and sites.blocked(downsample, x, conv, bn) is None:
             return sites.conv_bn_act(conv, bn, x, act="identity")
     return downsample(x)
 

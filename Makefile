@@ -1,0 +1,34 @@
+# Every target sets up what is missing first (scripts/dev.py): the environment, PyTorch, fastres itself.
+PYTHON ?= python3
+DEV = $(PYTHON) scripts/dev.py
+
+.PHONY: help test bench bench-ops test-matrix test-sanitize lint format clean
+
+help:
+	@echo "make test           the tests                                    ARGS='-k fuse' goes to pytest"
+	@echo "make bench          whole networks against other engines         ARGS='resnet34 --mode infer' goes to fastres bench"
+	@echo "make bench-ops      every op at the shapes of real layers        ARGS goes to pytest"
+	@echo "make test-matrix    the tests with the oldest, a middle and the newest PyTorch"
+	@echo "make test-sanitize  the kernels under a sanitizer                KIND=undefined (default) or address"
+	@echo "make lint           ruff, clang-format, mypy"
+	@echo "make format         ruff and clang-format mend what they can"
+	@echo "make clean          remove what was built, and .venv"
+	@echo
+	@echo "TORCH='torch==2.11.0'  what pip installs into .venv; without it, an active environment with PyTorch is used"
+	@echo "PYTHON=python3.12      which Python"
+
+test bench bench-ops:
+	@$(DEV) $@ $(ARGS)
+
+lint format:
+	@$(DEV) $@
+
+test-matrix:
+	@$(PYTHON) scripts/matrix.py $(ARGS)
+
+test-sanitize:
+	@$(DEV) python scripts/sanitize.py $(or $(KIND),undefined) $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .venv .venv-matrix .pytest_cache .mypy_cache .ruff_cache fastres/*.so fastres/_build_info.json
+	find fastres tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,64 @@
+"""Loads the compiled kernels, fastres._C, once, or keeps the reason why not. FASTRES_NO_EXT=1 leaves them out."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+#: Why the compiled kernels are not loaded, or None. Set by `load`.
+error: str | None = None
+
+
+@cache
+def load() -> None:
+    """Loads fastres._C, which registers the ops of torch.ops.fastres_cpu. Runs when this module is imported."""
+    global error
+    if os.environ.get("FASTRES_NO_EXT") == "1":
+        error = "FASTRES_NO_EXT=1 leaves the compiled kernels out"
+    elif importlib.util.find_spec("fastres._C") is None:
+        reason = build_info().get("error") or "this source tree was not built: `pip install -e .` does that"
+        error = f"fastres._C is not there: {reason}"
+    else:
+        try:
+            importlib.import_module("fastres._C")
+        except Exception as e:  # a binary for another processor, PyTorch or operating system: fastres works without it
+            error = f"fastres._C does not load: {type(e).__name__}: {e}"
+
+
+def build_info() -> dict[str, Any]:
+    """What setup.py wrote about its build: compiled, error, torch, compiler, flags. Empty if it never ran."""
+    path = _PACKAGE / "_build_info.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def available() -> bool:
+    """Whether the compiled kernels are loaded."""
+    return error is None
+
+
+def load_error() -> str | None:
+    """Why the compiled kernels are not loaded, or None."""
+    return error
+
+
+def isa() -> str:
+    """The instruction set that the kernels use: base, avx2, avx512 or avx512_bf16.
+
+    Raises:
+        RuntimeError: if the kernels are not loaded, with the reason.
+    """
+    if error is not None:
+        raise RuntimeError(error)
+    return torch.ops.fastres_cpu.isa()
+
+
+load()

@@ -1,0 +1,126 @@
+"""Reading checkpoints: never runs code from the file, never leaves a model half loaded."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastres.errors import UserError
+
+__all__ = ["load_checkpoint"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+#: DistributedDataParallel and torch.compile put these before every key.
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
+    """Loads weights from a file into a model, strictly and all or nothing.
+
+    Reads `.safetensors`, and anything else as a file of `torch.save` (`weights_only=True`: a pickle that calls for code
+    is refused). The state dict may lie under "state_dict", "model" or "model_state_dict", and its keys may have the
+    prefixes of DistributedDataParallel and torch.compile. Batch counters (`num_batches_tracked`) may be missing, as in
+    files from before PyTorch 0.4.1.
+
+    Args:
+        model: receives the weights, which are cast to its dtype and device.
+        path: the file.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UserError: if it cannot be read, is corrupt, holds anything but tensors, or does not fit the model (one line,
+            naming the first keys that do not fit). The model is as it was before.
+    """
+    path = Path(path)
+    state = _state_dict(_read(path), path)
+    expected = model.state_dict()
+    while prefix := next((p for p in _PREFIXES if _all_start(state, p) and not _all_start(expected, p)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    _check_fits(state, expected, path)
+    model.load_state_dict(state)
+    return model
+
+
+def _read(path: Path) -> Any:
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "no such checkpoint", str(path))
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from error
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise UserError(f"reading {path} needs safetensors: pip install 'fastres[safetensors]'") from error
+        read: Any = load_file
+    else:
+        read = _torch_load
+    # A damaged file makes the readers raise nearly anything: KeyError, UnicodeDecodeError, RuntimeError, OSError, ...
+    try:
+        return read(path)
+    except Exception as error:
+        raise UserError(f"cannot load checkpoint {path}: {_reason(error)}") from error
+
+
+def _torch_load(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _reason(error: Exception) -> str:
+    """torch's message is a page long and advises weights_only=False; this is the one line that matters."""
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it holds Python objects ({found[1]}), not only tensors; they are refused because they can run code"
+    message = (str(error).splitlines() or [""])[0]
+    if message.startswith("Weights only load failed"):
+        return "corrupt, or not a checkpoint"
+    return f"corrupt, or not a checkpoint ({type(error).__name__}: {message[:120]})"
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Any]:
+    """Unwraps the state dict. The copy has no `_metadata`, so that load_state_dict fills in missing batch counters."""
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not content or not all(isinstance(key, str) for key in content):
+        raise UserError(f"checkpoint {path} holds no state dict")
+    if wrong := [key for key, value in content.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"checkpoint {path} holds no state dict: not a tensor: {_first(wrong)}")
+    return dict(content)
+
+
+def _all_start(state: dict[str, Any], prefix: str) -> bool:
+    return all(key.startswith(prefix) for key in state)
+
+
+def _check_fits(state: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    """load_state_dict copies what fits before it raises: everything it may reject has to be found earlier."""
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} {tuple(value.shape)} for {tuple(expected[key].shape)}"
+        for key, value in state.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "other shape": shapes}
+    if text := "; ".join(f"{what}: {_first(keys)}" for what, keys in problems.items() if keys):
+        raise UserError(f"checkpoint {path} does not fit the model: {text}")
+
+
+def _first(keys: list[str], count: int = 3) -> str:
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more

@@ -1,0 +1,153 @@
+"""Compiles csrc/cpu into the extension module fastres._C, where there is a C++ compiler and PyTorch's headers.
+
+Otherwise the installation is pure Python: it succeeds, and `fastres doctor` shows the reason, which this file leaves in
+fastres/_build_info.json. One binary serves Python >= 3.10 and every supported PyTorch (Stable ABI of each). PyTorch is
+never imported here: its headers suffice, and they are found under pip's build isolation too.
+
+Environment variables:
+    FASTRES_BUILD_EXT=0    do not compile
+    FASTRES_TORCH_DIR      the directory of the torch package whose headers to use
+    FASTRES_SANITIZE       compile with sanitizers: "undefined", "address" or "address,undefined"
+    CXX, CXXFLAGS, LDFLAGS as usual
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+MINIMUM = (2, 11)
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-DPy_LIMITED_API=0x030a0000", "-DNDEBUG"]
+COMPILE = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-Wno-psabi",
+]  # psabi: notes about vectors passed between functions that are all inlined
+SANITIZE = ["-g", "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+LINK = (
+    ["-Wl,--no-as-needed"] if sys.platform == "linux" else []
+)  # NEEDED keeps libtorch.so, which knows the CUDA libraries
+LINK += ["-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+class NotCompiled(Exception):
+    """The reason for a pure Python installation."""
+
+
+def find_torch() -> tuple[Path, str]:
+    """The directory and version of the installed torch package."""
+    if os.environ.get("FASTRES_TORCH_DIR"):
+        found = [Path(os.environ["FASTRES_TORCH_DIR"])]
+    else:
+        spec = importlib.util.find_spec(
+            "torch"
+        )  # not found in pip's isolated environment; its sys.prefix is the real one
+        paths = [
+            sysconfig.get_path("platlib"),
+            sysconfig.get_path("purelib"),
+            *site.getsitepackages([sys.prefix, sys.base_prefix]),
+        ]
+        found = [Path(p) for p in (spec and spec.submodule_search_locations) or []]
+        found += [Path(p) / "torch" for p in (*paths, site.getusersitepackages())]
+    for torch in found:
+        if (torch / "version.py").is_file():
+            version = re.search(r"__version__ = ['\"]([^'\"]+)", (torch / "version.py").read_text())
+            if version and tuple(map(int, version[1].split(".")[:2])) >= MINIMUM:
+                return torch, version[1]
+            raise NotCompiled(
+                f"PyTorch {version[1] if version else 'of unknown version'} was installed; 2.11 or newer is needed"
+            )
+    where = f"in FASTRES_TORCH_DIR={found[0]}" if os.environ.get("FASTRES_TORCH_DIR") else "when fastres was built"
+    raise NotCompiled(f"PyTorch was not found {where}; install it first, then fastres again")
+
+
+def find_compiler() -> list[str]:
+    """The command line of the C++ compiler."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for command in [asked] if asked else (["c++"], ["g++"], ["clang++"]):
+        if shutil.which(command[0]):
+            return command
+    raise NotCompiled(
+        f"the C++ compiler CXX={asked[0]} was not found" if asked else "no C++ compiler was found (c++, g++, clang++)"
+    )
+
+
+def run(command: list[str]) -> str:
+    """Runs a compiler. Its first error is the reason if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(shlex.join(command), done.stdout + done.stderr, sep="\n", file=sys.stderr, flush=True)
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines() or [f"exit status {done.returncode}"]
+        error = next(
+            (line for line in lines if re.search(r"\berror\b|cannot find|undefined reference", line)), lines[-1]
+        )
+        raise NotCompiled(f"{Path(command[0]).name} failed: {error}")
+    return done.stdout
+
+
+class BuildExtension(build_ext):
+    """Compiles in parallel with flags of our own, whatever Python was built with; a failure is recorded, not raised."""
+
+    def run(self) -> None:
+        (ext,) = self.extensions
+        binary = Path(self.get_ext_fullpath(ext.name))  # beside the sources if the installation is editable
+        binary.parent.mkdir(parents=True, exist_ok=True)
+        binary.unlink(missing_ok=True)  # never leave one of other sources
+        info = {"compiled": False, "error": None}
+        try:
+            if os.environ.get("FASTRES_BUILD_EXT") == "0":
+                raise NotCompiled("fastres was built with FASTRES_BUILD_EXT=0")
+            self.compile(ext.sources, binary, info)
+            info["compiled"] = True
+        except NotCompiled as reason:
+            info["error"] = str(reason)
+            print(f"fastres: pure Python installation: {reason}", file=sys.stderr, flush=True)
+        (binary.parent / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    def compile(self, sources: list[str], binary: Path, info: dict) -> None:
+        """Compiles and links `binary`, and says in `info` with what."""
+        torch, info["torch"] = find_torch()
+        compiler = find_compiler()
+        info["compiler"] = run([*compiler, "--version"]).splitlines()[0]
+        python = sysconfig.get_path("include")
+        if not Path(python, "Python.h").is_file():
+            raise NotCompiled(f"Python.h is not in {python}; install Python's development files (python3-dev)")
+        sanitizers = os.environ.get("FASTRES_SANITIZE", "")
+        sanitize = [*SANITIZE, f"-fsanitize={sanitizers}"] if sanitizers else []
+        own = shlex.split(os.environ.get("CXXFLAGS", ""))
+        info["flags"] = shlex.join([*COMPILE, *DEFINES, *sanitize, *own])
+        include = ["-Icsrc", "-isystem", str(torch / "include"), "-isystem", python]
+
+        def compile_one(source: str) -> str:
+            target = Path(self.build_temp, source).with_suffix(".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            run([*compiler, *COMPILE, *DEFINES, *sanitize, *own, *include, "-c", source, "-o", str(target)])
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        link = [f"-L{torch / 'lib'}", *LINK, *sanitize, *shlex.split(os.environ.get("LDFLAGS", ""))]
+        run([*compiler, "-shared", "-o", str(binary), *objects, *link])
+
+
+# Kernels first: they take longest to compile.
+SOURCES = sorted(glob("csrc/cpu/*.cpp"), key=lambda path: ("_kernels" not in path, path))
+
+setup(
+    ext_modules=[Extension("fastres._C", SOURCES, language="c++", py_limited_api=True)],
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,397 @@
+"""Cases B1 to B9: training and eval, frozen statistics and weights, inference mode, and what may stand between batch norm and add."""
+
+import copy
+from functools import partial
+
+import _torchvision
+import pytest
+import torch
+import torch.nn.functional as F
+from _compare import (
+    assert_path,
+    assert_same,
+    batch_norms,
+    block,
+    check,
+    image,
+    kinds,
+    libraries,
+    modes,
+    randomise,
+    resnet,
+    resnet18,
+    some_kernels,
+    step,
+    watched,
+)
+from torch import nn
+
+import fastres
+from fastres import folding, sites
+from fastres.kernels import extension
+from fastres.nn import AddAct, BnAct2d, ConvBnAct2d
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    with some_kernels():
+        yield
+
+
+@pytest.fixture
+def vision():
+    module, reason = _torchvision.load()
+    if module is None:
+        pytest.skip(reason)
+    return module
+
+
+@libraries
+@kinds
+def test_b1_train_and_eval_in_turn(library, kind):
+    """Nothing is kept from one mode to the other: an optimizer step and new statistics lie between."""
+    eager = block(library, kind, stride=2)
+    fused = copy.deepcopy(eager)
+    fastres.fuse_(fused)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (eager, fused)]
+    for mode in ("inference", "train", "inference", "eval", "train", "train", "inference"):
+        x = image()
+        want = step(eager, x, mode)
+        with watched() as seen:
+            got = step(fused, x, mode)
+        assert_path(seen, "fast")
+        assert_same(got, want, 1e-4)
+        if mode == "train":
+            for optimizer in optimizers:
+                optimizer.step()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch_norms_train", "batch_norms_eval"])
+def test_b1_batch_norms_mode_decides(training):
+    """bn.training, not the block's: some people freeze, some adapt."""
+
+    def oppose(model):
+        model.train(not training)
+        for bn in batch_norms(model):
+            bn.train(training)
+
+    fused = check(block(stride=2), image(), after=oppose)
+    assert all(int(bn.num_batches_tracked) == int(training) for bn in batch_norms(fused))
+
+
+@libraries
+@kinds
+def test_b2_batch_norm_in_eval_inside_a_training_model(library, kind):
+    def freeze(model):
+        for bn in batch_norms(model):
+            bn.eval()
+
+    model = block(library, kind, stride=2).train()
+    fused = check(model, image(), after=freeze, steps=2)
+    assert all(p.grad is not None for p in fused.parameters())
+    assert all(int(bn.num_batches_tracked) == 0 for bn in batch_norms(fused))
+
+
+@pytest.mark.parametrize("frozen", ["bn1", "bn2", "bn3"])
+def test_b2_one_of_the_batch_norms_in_eval(frozen):
+    check(block(stride=2).train(), image(), after=lambda model: getattr(model, frozen).eval())
+
+
+def test_b2_stem_in_eval():
+    check(resnet18().train(), image(3, size=32), after=lambda model: model.bn1.eval(), tolerance=2e-3)
+
+
+@libraries
+@kinds
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_b3_affine_without_gradient(library, kind, frozen, mode):
+    """Batch statistics and updates still happen; the frozen parameters have no gradient."""
+
+    def freeze(model):
+        for bn in batch_norms(model):
+            bn.weight.requires_grad_(frozen == "bias")
+            bn.bias.requires_grad_(frozen == "weight")
+
+    check(block(library, kind, stride=2), image(), mode, after=freeze)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_b3_convolutions_without_gradient(mode):
+    check(block(stride=2), image(), mode, after=lambda model: [m.weight.requires_grad_(False) for m in (model.conv1, model.conv3)])
+
+
+@modes
+def test_b4_frozen_batch_norm(vision, mode):
+    """torchvision's: four buffers, an eps of its own, no gradient. Batch norm stays frozen in training."""
+    model = block("torchvision", stride=2, norm_layer=partial(vision.ops.misc.FrozenBatchNorm2d, eps=1e-2))
+    for module in model.modules():
+        if isinstance(module, vision.ops.misc.FrozenBatchNorm2d):
+            module.weight.uniform_(0.5, 1.5), module.bias.normal_(), module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    eager, fused = model, copy.deepcopy(model)
+    report = fastres.fuse_(fused)
+    x = image()
+    want = step(eager, x, mode)
+    with watched() as seen:
+        got = step(fused, x, mode)
+    assert_same(got, want)
+    assert {name.split(".")[-2] for name in got if name.endswith("grad") and name != "x.grad"} <= {"weight"}
+    reasons = [reason for _, reason in seen if reason]
+    assert all("FrozenBatchNorm2d" in reason for reason in reasons)
+    assert all(row.fused or "FrozenBatchNorm2d" in row.reason for row in report.rows if row.kind in ("conv", "bn"))
+
+
+@modes
+def test_b4_frozen_batch_norm_in_a_model(vision, mode):
+    """As in torchvision.models.detection: resnet_fpn_backbone and its 14 layers of FrozenBatchNorm2d."""
+    model = vision.models.resnet18(num_classes=10, norm_layer=vision.ops.FrozenBatchNorm2d)
+    fused = copy.deepcopy(model)
+    fastres.fuse_(fused)
+    x = image(3, size=32)
+    assert_same(step(fused, x, mode), step(model, x, mode), 1e-4)
+
+
+needs_folding = pytest.mark.skipif(not extension.available(), reason=f"folded weights are kept for the compiled kernels only: {extension.load_error()}")
+
+
+def inference(model, x):
+    with torch.no_grad():
+        return model.eval()(x)
+
+
+@needs_folding
+def test_b5_folded_weights_are_kept_and_can_be_refused(monkeypatch):
+    model, x = block(), image()
+    fastres.fuse_(model)
+    first = inference(model, x)
+    assert all(conv in folding._entries for conv in (model.conv1, model.conv2, model.conv3))
+    kept = folding._entries[model.conv1]
+    inference(model, x)
+    assert folding._entries[model.conv1] is kept
+    fastres.refresh_(model)
+    assert model.conv1 not in folding._entries
+    monkeypatch.setattr(fastres.config, "keep_folded_weights", False)
+    with watched() as seen:
+        again = inference(model, x)
+    assert_path(seen, "fast")
+    assert model.conv1 not in folding._entries
+    torch.testing.assert_close(first, again, rtol=1e-5, atol=1e-6)
+
+
+CHANGES = {
+    "load_state_dict": lambda model: model.load_state_dict({k: v * 1.25 for k, v in model.state_dict().items()}),
+    "to": lambda model: model.to(torch.float64).to(torch.float32).conv1.weight.data.mul_(1.25),
+    "train": lambda model: model.train()(image()),
+    "data": lambda model: model.conv2.weight.data.mul_(1.25),
+    "copy": lambda model: model.bn2.running_var.copy_(torch.rand(4) + 0.5),
+}
+
+
+@needs_folding
+@pytest.mark.parametrize("change", CHANGES)
+def test_b5_folded_weights_are_never_stale(change):
+    """More of them, whole models and the ways that leave no trace, in test_stale_weights.py."""
+    eager = block()
+    fused = copy.deepcopy(eager)
+    fastres.fuse_(fused)
+    x = image()
+    before = inference(fused, x)
+    for model in (eager, fused):
+        torch.manual_seed(2)
+        CHANGES[change](model)
+    want, got = inference(eager, x), inference(fused, x)
+    assert not torch.allclose(before, want)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@libraries
+@kinds
+def test_b6_no_grad_in_training(library, kind):
+    """Statistics are updated, nothing is kept for backward."""
+    eager = block(library, kind, stride=2).train()
+    fused = copy.deepcopy(eager)
+    fastres.fuse_(fused)
+    x = image()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), torch.no_grad():
+        want = eager(x)
+        with watched() as seen:
+            got = fused(x)
+    assert_path(seen, "fast")
+    assert not saved and not got.requires_grad and got.grad_fn is None
+    assert_same({"y": got} | dict(fused.named_buffers()), {"y": want} | dict(eager.named_buffers()))
+    assert int(fused.bn1.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("born", ["outside", "inside"])
+def test_b7_inference_mode(born, training):
+    """Parameters made outside of inference mode, or in it: those have no version counter."""
+    with torch.inference_mode(born == "inside"):
+        eager = block(stride=2).train(training)
+        fused = copy.deepcopy(eager)
+        fastres.fuse_(fused)
+    for _ in range(2):
+        with torch.inference_mode():
+            x = image()
+            want = eager(x)
+            with watched() as seen:
+                got = fused(x)
+        assert_path(seen, "fast")
+        assert got.is_inference() == want.is_inference()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert int(fused.bn1.num_batches_tracked) == int(eager.bn1.num_batches_tracked)
+
+
+def test_b7_inference_mode_and_then_gradients():
+    """What is folded in inference mode serves outside of it, and does not come in gradients' way."""
+    eager = block(stride=2)
+    fused = copy.deepcopy(eager)
+    fastres.fuse_(fused)
+    x = image()
+    with torch.inference_mode():
+        fused.eval()(x)
+    for mode in ("inference", "eval", "train", "inference"):
+        assert_same(step(fused, x, mode), step(eager, x, mode))
+    for model in (eager, fused):
+        model.eval().requires_grad_(False)
+    torch.testing.assert_close(fused(x), eager(x), rtol=1e-5, atol=1e-5)
+    assert not fused(x).requires_grad
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_b7_inference_tensor_as_input_of_a_model_that_learns(mode):
+    """Eager's error: inference tensors cannot be saved for backward."""
+    eager = block().train(mode == "train")
+    fused = copy.deepcopy(eager)
+    fastres.fuse_(fused)
+    with torch.inference_mode():
+        x = image()
+    errors = []
+    for model in (eager, fused):
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward") as info:
+            model(x)
+        errors.append(info.value)
+    assert type(errors[0]) is type(errors[1])
+
+
+def drop_path_block(library):
+    """A Bottleneck as timm writes it: something between bn3 and the addition."""
+
+    class DropPathBottleneck(resnet(library).Bottleneck):
+        def __init__(self, between, *args, **options):
+            super().__init__(*args, **options)
+            self.between = between
+
+        def forward(self, x):
+            y = self.relu(self.bn1(self.conv1(x)))
+            y = self.relu(self.bn2(self.conv2(y)))
+            y = self.bn3(self.conv3(y))
+            if self.between is not None:
+                y = self.between(y)
+            return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+    return DropPathBottleneck
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.gate = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+@modes
+@pytest.mark.parametrize("between", ["none", "identity", "dropout", "squeeze_excite", "stochastic_depth"])
+def test_b8_module_between_batch_norm_and_add(vision, between, mode):
+    modules = {
+        "none": None,
+        "identity": nn.Identity(),
+        "dropout": nn.Dropout2d(0.5),
+        "squeeze_excite": SqueezeExcite(16),
+        "stochastic_depth": vision.ops.StochasticDepth(0.5, "row"),
+    }
+    eager = randomise(drop_path_block("torchvision")(modules[between], 16, 4))
+    fused = copy.deepcopy(eager)
+    report = fastres.fuse_(fused)
+    assert report.fused == 0 and all(row.reason for row in report.rows)  # a forward that no recipe knows: left alone, and said
+    x = image()
+    outcomes = []
+    for model in (fused, eager):
+        torch.manual_seed(4)
+        outcomes.append(step(model, x, mode))
+    assert_same(*outcomes)
+
+
+@modes
+@libraries
+def test_b8_module_put_behind_a_known_blocks_batch_norm(library, mode):
+    """bn3 is no longer a plain batch norm: the block's own forward runs, dropout and all."""
+
+    def put(model):
+        model.bn3 = nn.Sequential(model.bn3, nn.Dropout2d(0.5))
+
+    eager = block(library, stride=2)
+    fused = copy.deepcopy(eager)
+    fastres.fuse_(fused)
+    put(eager), put(fused)
+    x = image()
+    torch.manual_seed(4)
+    want = step(eager, x, mode)
+    torch.manual_seed(4)
+    with watched() as seen:
+        got = step(fused, x, mode)
+    assert_path(seen, "eager", "Sequential")
+    assert_same(got, want)
+
+
+@libraries
+@kinds
+@modes
+@pytest.mark.parametrize("act", [nn.ReLU6(), nn.LeakyReLU(0.1), nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.PReLU()], ids=repr)
+def test_b9_other_activations(library, kind, act, mode):
+    def replace(model):
+        model.relu = copy.deepcopy(act)
+
+    check(block(library, kind, stride=2), image(), mode, after=replace, path="eager", reason=type(act).__name__)
+    before = block(library, kind, stride=2)
+    replace(before)
+    check(before, image(), mode, path="eager", reason=type(act).__name__)
+
+
+@modes
+@pytest.mark.parametrize("inplace", [True, False])
+def test_b9_relu_in_place_or_not(inplace, mode):
+    check(block(stride=2), image(), mode, after=lambda model: setattr(model.relu, "inplace", inplace))
+
+
+class FunctionalRelu(nn.Module):
+    """The ways in which people write a ReLU without the module."""
+
+    def __init__(self, relu):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), relu
+
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x)) + x)
+
+
+RELUS = {"F.relu": F.relu, "F.relu_": F.relu_, "clamp": lambda y: y.clamp(min=0), "clamp_min": lambda y: y.clamp_min_(0), "max": lambda y: y.maximum(y * 0)}
+
+
+@modes
+@pytest.mark.parametrize("relu", RELUS)
+def test_b9_relu_without_a_module(relu, mode):
+    eager = randomise(FunctionalRelu(RELUS[relu]))
+    fused = copy.deepcopy(eager)
+    fastres.fuse_(fused)
+    assert_same(step(fused, x := image(), mode), step(eager, x, mode))
+
+
+def test_b9_unknown_activation_of_the_modules():
+    conv, bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    for make in (lambda: ConvBnAct2d(conv, bn, act="silu"), lambda: BnAct2d(bn, act="silu"), lambda: AddAct(act="silu")):
+        with pytest.raises(ValueError, match="'relu', 'identity'"):
+            make()
