@@ -306,7 +306,7 @@ def scatter_pooled(grad_y: Tensor, index: Tensor, shape: torch.Size, kernel: int
     code = index.long()
     place = (rows + code // kernel) * width + columns + code % kernel
     flat = grad_y.new_zeros(n, c, height * width)
-    return flat.scatter_add(2, place.reshape(n, c, -1), grad_y.reshape(n, c, -1)).reshape(n, c, height, width)
+    return flat.scatter_add(2, place.flatten(2), grad_y.flatten(2)).reshape(n, c, height, width)
 
 
 def bn_act_maxpool_backward(

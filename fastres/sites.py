@@ -88,11 +88,17 @@ def _children_blocked(x: Tensor, children: tuple[nn.Module | None, ...]) -> str 
     return None
 
 
+#: The modules that fused code may stand in for, with the forwards that it was written for.
+_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d)}
+
+
 def child_blocked(child: nn.Module) -> str | None:
     """Why a child may not be replaced by fused code whatever its input is, or None."""
     kind = type(child)
-    if kind not in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d):
+    if kind not in _FORWARDS:
         return f"{kind.__name__} in place of a plain module"
+    if kind.forward is not _FORWARDS[kind]:
+        return f"{kind.__name__}.forward was replaced"
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return f"hooks on {kind.__name__}"
     if "forward" in child.__dict__:
@@ -230,13 +236,15 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, *, act: str, res
     )
 
 
-def _fits(residual: Tensor, shape: Any, x: Tensor) -> bool:
-    """Whether a residual can be added inside an op: everything else has eager's `+=` rules, broadcasting and dtypes."""
+def _fits(residual: Any, shape: Any, x: Tensor) -> bool:
+    """Whether a residual can be added inside an op: all else has the rules and errors of eager's `+=`."""
+    if not isinstance(residual, Tensor):
+        return False
     cast = torch.is_autocast_enabled(x.device.type)
     return residual.shape == torch.Size(shape) and residual.device == x.device and (cast or residual.dtype is x.dtype)
 
 
-def _add_separately(y: Tensor, residual: Tensor, act: str) -> Tensor:
+def _add_separately(y: Tensor, residual: Any, act: str) -> Tensor:
     y += residual
     return y.relu() if act == "relu" else y
 

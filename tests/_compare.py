@@ -51,11 +51,12 @@ def resnet(library: str) -> ModuleType:
     return found.models.resnet
 
 
-def resnet18(library: str = "fastres", **options: Any) -> nn.Module:
-    """An unfused ResNet-18 with 10 classes and random batch norms, for 32x32 images."""
-    if library == "fastres":
-        options["fused"] = False
-    return randomise(resnet(library).resnet18(num_classes=10, **options))
+def network(library: str = "fastres", **options: Any) -> nn.Module:
+    """An unfused ResNet for 32x32 images: the stem and two of the four stages, 10 classes, random batch norms."""
+    models = resnet(library)
+    model = models.ResNet(models.BasicBlock, [1, 1, 1, 1], num_classes=10, **options)
+    model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, 10)
+    return randomise(model)
 
 
 def block(library: str = "fastres", kind: str = "Bottleneck", width: int = 16, *, stride: int = 1, **options: Any) -> nn.Module:

@@ -21,8 +21,8 @@ from _compare import (
     kinds,
     libraries,
     modes,
+    network,
     randomise,
-    resnet18,
     some_kernels,
     step,
     watched,
@@ -155,11 +155,12 @@ def test_a5_momentum_none(library, kind):
 
 
 def test_a5_momentum_none_in_the_stem():
-    check(resnet18(norm_layer=partial(nn.BatchNorm2d, momentum=None)), image(3, size=32), "train", steps=2, tolerance=1e-4)
+    check(network(norm_layer=partial(nn.BatchNorm2d, momentum=None)), image(3, size=32), "train", steps=2)
 
 
 def test_a5_momentum_none_reads_nothing_back_to_the_host():
-    model = fastres.models.resnet18(num_classes=10, norm_layer=partial(nn.BatchNorm2d, momentum=None))
+    model = network(norm_layer=partial(nn.BatchNorm2d, momentum=None))
+    fastres.fuse_(model)
     x = image(3, size=32)
     with torch.profiler.profile() as profile, watched() as seen:
         model(x).sum().backward()
@@ -193,7 +194,7 @@ def test_a6_momentum_changed_later():
 
 def test_a6_update_bn():
     """It sets momentum to None and resets the statistics of live modules."""
-    eager = resnet18()
+    eager = network()
     fused = copy.deepcopy(eager)
     fastres.fuse_(fused)
     images = [image(3, size=32) for _ in range(3)]
@@ -201,7 +202,7 @@ def test_a6_update_bn():
         torch.optim.swa_utils.update_bn(images, fused)
     assert_path(seen, "fast")
     torch.optim.swa_utils.update_bn(images, eager)
-    assert_same(buffers(fused), buffers(eager), 1e-4)
+    assert_same(buffers(fused), buffers(eager))
     assert {bn.momentum for bn in batch_norms(fused)} == {0.1}
 
 
@@ -293,11 +294,11 @@ def test_a10_one_value_per_channel_in_training(library, kind):
     assert isinstance(error, ValueError) and "Expected more than 1 value per channel when training" in str(error)
 
 
-@pytest.mark.parametrize("size", [32, 1, 4])
+@pytest.mark.parametrize("size", [8, 4, 1])
 @libraries
 def test_a10_one_value_per_channel_deep_in_a_model(library, size):
     """Eager has updated what came before, and counted the batch in the layer that raises."""
-    check_error(resnet18(library), image(3, n=1, size=size), "train")
+    check_error(network(library), image(3, n=1, size=size), "train")
 
 
 @pytest.mark.parametrize("momentum", [0.1, None], ids=str)
@@ -323,7 +324,7 @@ def test_a11_empty_batch(library, kind, mode):
 
 @modes
 def test_a11_empty_batch_in_a_model(mode):
-    fused = check(resnet18(), image(3, n=0, size=32), mode)
+    fused = check(network(), image(3, n=0, size=32), mode)
     if mode == "train":
         assert all(p.grad is not None and not p.grad.any() for p in fused.parameters())
 
@@ -447,7 +448,7 @@ def test_a14_lazy_children(mode):
 def test_a15_channel_mismatch(library, mode):
     error = check_error(block(library), image(12), mode)
     assert isinstance(error, RuntimeError)
-    assert isinstance(check_error(resnet18(library), image(4, size=32), mode), RuntimeError)
+    assert isinstance(check_error(network(library), image(4, size=32), mode), RuntimeError)
 
 
 @modes
@@ -463,7 +464,7 @@ def test_a15_unbatched_input(library, mode):
     """A convolution takes it, BatchNorm2d does not."""
     error = check_error(block(library), image()[0], mode)
     assert isinstance(error, ValueError) and "expected 4D input (got 3D input)" in str(error)
-    check_error(resnet18(library), image(3, size=32)[0], mode)
+    check_error(network(library), image(3, size=32)[0], mode)
     check_error(block(library), image()[None], mode)
 
 
@@ -484,11 +485,11 @@ def test_a16_gamma(kind, mode, gamma):
 @libraries
 @modes
 def test_a16_zero_init_residual(library, mode):
-    model = resnet18(library, zero_init_residual=True)
+    model = network(library, zero_init_residual=True)
     last = [m.bn2 for m in model.modules() if hasattr(m, "bn2")]
     for bn in last:
         nn.init.zeros_(bn.weight)
-    check(model, image(3, size=32), mode, tolerance=1e-4)
+    check(model, image(3, size=32), mode)
 
 
 @kinds

@@ -39,10 +39,26 @@ def _shortcut(block: Any, x: Tensor) -> Tensor:
         conv: Any = downsample[0]
         bn: Any = downsample[1]
         hooked = downsample._forward_hooks or downsample._forward_pre_hooks or downsample._backward_hooks
-        plain = isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d) and not hooked
+        plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and not hooked
         if plain and not downsample._backward_pre_hooks and sites.blocked(downsample, x, conv, bn) is None:
             return sites.conv_bn_act(conv, bn, x, act="identity")
     return downsample(x)
+
+
+def _join(conv: nn.Conv2d, bn: nn.BatchNorm2d, y: Tensor, shortcut: Any) -> Tensor:
+    """relu(bn(conv(y)) + shortcut)."""
+    if shortcut is None:  # a user's downsample may return it; to the function below it would mean that there is none
+        y = sites.conv_bn_act(conv, bn, y, act="identity")
+        y += shortcut  # eager's TypeError
+    return sites.conv_bn_act(conv, bn, y, act="relu", residual=shortcut)
+
+
+def _blocked(block: Any, x: Tensor, *children: nn.Module) -> bool:
+    """Whether the block's own forward has to run. `children`: in the order of the forward, the last batch norm last."""
+    if sites.blocked(block, x, *children) is not None:
+        return True
+    # The shortcut is computed first here and last in eager, which shows if both use one batch norm.
+    return block.downsample is not None and any(module is children[-1] for module in block.downsample.modules())
 
 
 class BasicBlockForward(FusedModule):
@@ -52,10 +68,10 @@ class BasicBlockForward(FusedModule):
     fused_children = ("conv1", "bn1", "relu", "conv2", "bn2")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if sites.blocked(self, x, self.conv1, self.bn1, self.relu, self.conv2, self.bn2) is not None:
+        if _blocked(self, x, self.conv1, self.bn1, self.relu, self.conv2, self.bn2):
             return super().forward(x)  # type: ignore[misc]
         y = sites.conv_bn_act(self.conv1, self.bn1, x, act="relu")
-        return sites.conv_bn_act(self.conv2, self.bn2, y, act="relu", residual=_shortcut(self, x))
+        return _join(self.conv2, self.bn2, y, _shortcut(self, x))
 
 
 class BottleneckForward(FusedModule):
@@ -66,11 +82,11 @@ class BottleneckForward(FusedModule):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         children = (self.conv1, self.bn1, self.relu, self.conv2, self.bn2, self.conv3, self.bn3)
-        if sites.blocked(self, x, *children) is not None:
+        if _blocked(self, x, *children):
             return super().forward(x)  # type: ignore[misc]
         y = sites.conv_bn_act(self.conv1, self.bn1, x, act="relu")
         y = sites.conv_bn_act(self.conv2, self.bn2, y, act="relu")
-        return sites.conv_bn_act(self.conv3, self.bn3, y, act="relu", residual=_shortcut(self, x))
+        return _join(self.conv3, self.bn3, y, _shortcut(self, x))
 
 
 class StemForward(FusedModule):
