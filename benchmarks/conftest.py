@@ -16,6 +16,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rounds", type=int, default=12, help="timed calls of every benchmark (default: 12)")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-benchmark's own tables, eight columns of everything, only with --benchmark-verbose: see the summary
+    below."""
+    config.option.benchmark_quiet = True
+
+
 @pytest.fixture
 def batch(request: pytest.FixtureRequest) -> int:
     return request.config.getoption("--batch")

@@ -1,8 +1,8 @@
 """Every op over the shapes of ResNet-50 (and the 3x3 layers of ResNet-18): eager PyTorch, channels_last, against
 fastres.
 
-pytest benchmarks --benchmark-only --benchmark-quiet
-pytest benchmarks --benchmark-only --benchmark-quiet -k "conv_bias_act and 3x3" --batch 1 --benchmark-json=out.json
+pytest benchmarks
+pytest benchmarks -k "conv_bias_act and 3x3" --batch 1 --benchmark-json=out.json
 """
 
 from __future__ import annotations

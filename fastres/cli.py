@@ -6,6 +6,7 @@ Wrong input is one line on stderr and exit code 2; a check that fails is exit co
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed its message, or the help
         return int(stop.code or 0)
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
     except (UserError, FileNotFoundError) as error:
         message = " ".join(str(error).split())
         print(f"fastres: error: {message}", file=sys.stderr)
@@ -36,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastres: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader (head, less) has seen enough; nothing is to be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 class _Parser(argparse.ArgumentParser):
@@ -121,9 +127,9 @@ Examples:
     bench.add_argument(
         "--seconds",
         type=float,
-        default=12.0,
+        default=8.0,
         metavar="S",
-        help="time for the rounds of one table; three run at least (default: 12)",
+        help="time for the rounds of one table; three run at least (default: 8)",
     )
     bench.add_argument("--timeout", type=float, default=300.0, metavar="S", help="time for one set-up (default: 300)")
     bench.add_argument(
@@ -212,8 +218,7 @@ def _verify(options: argparse.Namespace) -> int:
     for mode in modes:
         certificates[mode] = verify(model, images, mode=mode, dtype=dtype)
         print(certificates[mode], flush=True)
-    texts = {mode: certificate.to_json() for mode, certificate in certificates.items()}
-    found = {mode: json.loads(text) if isinstance(text, str) else text for mode, text in texts.items()}
+    found = {mode: certificate.to_json() for mode, certificate in certificates.items()}
     _write_json(json.dumps(found if len(found) > 1 else found[modes[0]], indent=1), options.json)
     return 0 if all(certificate.ok for certificate in certificates.values()) else 1
 

@@ -34,14 +34,15 @@ def _compiler() -> dict[str, Any]:
 
 def _extension() -> dict[str, Any]:
     """Whether the C++ kernels are loaded, for which instruction set and why that one, or the error."""
+    build = extension.build_info()
     error = extension.load_error()
     if error is not None:
-        return {"loaded": False, "error": error}
+        return {"loaded": False, "error": error, "build": build}
     asked = os.environ.get("FASTRES_CPU_ISA")
     reason = (
         f"FASTRES_CPU_ISA={asked} asks for it" if asked else "the best that this processor has and the kernels know"
     )
-    return {"loaded": True, "error": None, "isa": extension.isa(), "isa_reason": reason}
+    return {"loaded": True, "error": None, "isa": extension.isa(), "isa_reason": reason, "build": build}
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -148,6 +149,9 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     if found["settings"]:
         facts.append(("settings", ", ".join(f"{key}={value}" for key, value in found["settings"].items())))
     loaded = f"loaded, {extension_.get('isa')}: {extension_.get('isa_reason')}"
+    build = extension_["build"]
+    if build.get("compiled"):
+        loaded += f"; built by {build['compiler']} with the headers of torch {build['torch']}"
     facts.append(("C++ kernels", loaded if extension_["loaded"] else f"not loaded: {extension_['error']}"))
     return facts
 

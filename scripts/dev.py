@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
 TORCH = "torch==2.13.0"
 OLDEST, NEWEST = (2, 11), (2, 14)
 EXTRAS = {
@@ -59,7 +60,9 @@ def pip(python: str, *arguments: object, what: str, quiet: bool = True) -> bool:
 
 
 def ask(python: str, code: str) -> str:
-    """What `code` prints in that interpreter, started outside the checkout; nothing if it fails."""
+    """What `code` prints in that interpreter, started outside the checkout; nothing if it fails or is not there."""
+    if not os.path.exists(python):
+        return ""
     done = subprocess.run([python, "-c", code], cwd=os.path.dirname(python), capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -86,10 +89,10 @@ def environment() -> str:
     if active and not asked and supported(here):
         say(f"active environment {sys.prefix}: torch {here}")
         return sys.executable
-    python = str(ROOT / ".venv" / "bin" / "python")
+    python = str(VENV / "bin" / "python")
     if not os.path.exists(python):
-        create_venv(inherit=not active and not asked and supported(here))
-    torch, pinned = package_version(python, "torch"), ROOT / ".venv" / ".torch"
+        create_venv(VENV, inherit=not active and not asked and supported(here))
+    torch, pinned = package_version(python, "torch"), VENV / ".torch"
     if asked and not (supported(torch) and pinned.exists() and pinned.read_text() == asked) or not supported(torch):
         want = asked or TORCH
         quiet = not sys.stdout.isatty()  # may be gigabytes: let pip show its progress
@@ -103,13 +106,13 @@ def environment() -> str:
     return python
 
 
-def create_venv(inherit: bool) -> None:
-    """Makes .venv; with `inherit` it sees the packages of the Python below, PyTorch among them."""
-    say("making .venv" + (" with the PyTorch of this Python" if inherit else ""))
+def create_venv(place: Path, inherit: bool = False) -> None:
+    """Makes a virtual environment; with `inherit` it sees the packages of the Python below, PyTorch among them."""
+    say(f"making {place.relative_to(ROOT)}" + (" with the PyTorch of this Python" if inherit else ""))
     options = ["--system-site-packages"] if inherit else []
-    done = run(sys.executable, "-m", "venv", "--clear", *options, ".venv", capture_output=True, text=True)
+    done = run(sys.executable, "-m", "venv", "--clear", *options, place, capture_output=True, text=True)
     if done.returncode:
-        shutil.rmtree(ROOT / ".venv", ignore_errors=True)  # half of one, without pip
+        shutil.rmtree(place, ignore_errors=True)  # half of one, without pip
         output = (done.stdout + done.stderr).strip()
         reason = output.splitlines()[-1] if output else f"exit status {done.returncode}"
         if "ensurepip" in output:
@@ -173,7 +176,7 @@ def install(python: str, extras: list[str]) -> None:
         if not stamp.current() and install_extra(python, extra):
             stamp.write()
     if "test" in extras:
-        install_torchvision(python, ours=prefix == ROOT / ".venv")
+        install_torchvision(python, ours=prefix == VENV)
 
 
 def install_torchvision(python: str, ours: bool) -> None:

@@ -62,7 +62,7 @@ def main() -> None:
     environment |= OPTIONS
     if kind == "address":
         environment["LD_PRELOAD"] = preload(os.environ.get("CXX", "g++"))
-    for command in (["-c", CHECK], ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(arguments or TESTS)]):
+    for command in (["-c", CHECK], ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *(arguments or TESTS)]):
         done = subprocess.run([sys.executable, *command], cwd=target, env=environment)
         if done.returncode:
             sys.exit(done.returncode if done.returncode > 0 else 1)

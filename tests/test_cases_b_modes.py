@@ -1,4 +1,4 @@
-"""Cases B1 to B9: training and eval, frozen statistics and weights, inference mode, and what may stand between batch norm and add."""
+"""Cases B1 to B7: training and eval, frozen statistics and weights, inference mode."""
 
 import copy
 from functools import partial
@@ -6,7 +6,6 @@ from functools import partial
 import _torchvision
 import pytest
 import torch
-import torch.nn.functional as F
 from _compare import (
     assert_path,
     assert_same,
@@ -18,18 +17,14 @@ from _compare import (
     libraries,
     modes,
     network,
-    randomise,
-    resnet,
     some_kernels,
     step,
     watched,
 )
-from torch import nn
 
 import fastres
-from fastres import folding, sites
+from fastres import folding
 from fastres.kernels import extension
-from fastres.nn import AddAct, BnAct2d, ConvBnAct2d
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +113,12 @@ def test_b3_affine_without_gradient(library, kind, frozen, mode):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_b3_convolutions_without_gradient(mode):
-    check(block(stride=2), image(), mode, after=lambda model: [m.weight.requires_grad_(False) for m in (model.conv1, model.conv3)])
+    check(
+        block(stride=2),
+        image(),
+        mode,
+        after=lambda model: [m.weight.requires_grad_(False) for m in (model.conv1, model.conv3)],
+    )
 
 
 @modes
@@ -127,7 +127,12 @@ def test_b4_frozen_batch_norm(vision, mode):
     model = block("torchvision", stride=2, norm_layer=partial(vision.ops.misc.FrozenBatchNorm2d, eps=1e-2))
     for module in model.modules():
         if isinstance(module, vision.ops.misc.FrozenBatchNorm2d):
-            module.weight.uniform_(0.5, 1.5), module.bias.normal_(), module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+            (
+                module.weight.uniform_(0.5, 1.5),
+                module.bias.normal_(),
+                module.running_mean.normal_(),
+                module.running_var.uniform_(0.5, 2),
+            )
     eager, fused = model, copy.deepcopy(model)
     report = fastres.fuse_(fused)
     x = image()
@@ -151,7 +156,9 @@ def test_b4_frozen_batch_norm_in_a_model(vision, mode):
     assert_same(step(fused, x, mode), step(model, x, mode))
 
 
-needs_folding = pytest.mark.skipif(not extension.available(), reason=f"folded weights are kept for the compiled kernels only: {extension.load_error()}")
+needs_folding = pytest.mark.skipif(
+    not extension.available(), reason=f"folded weights are kept for the compiled kernels only: {extension.load_error()}"
+)
 
 
 def inference(model, x):
@@ -273,125 +280,3 @@ def test_b7_inference_tensor_as_input_of_a_model_that_learns(mode):
             model(x)
         errors.append(info.value)
     assert type(errors[0]) is type(errors[1])
-
-
-def drop_path_block(library):
-    """A Bottleneck as timm writes it: something between bn3 and the addition."""
-
-    class DropPathBottleneck(resnet(library).Bottleneck):
-        def __init__(self, between, *args, **options):
-            super().__init__(*args, **options)
-            self.between = between
-
-        def forward(self, x):
-            y = self.relu(self.bn1(self.conv1(x)))
-            y = self.relu(self.bn2(self.conv2(y)))
-            y = self.bn3(self.conv3(y))
-            if self.between is not None:
-                y = self.between(y)
-            return self.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-    return DropPathBottleneck
-
-
-class SqueezeExcite(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.gate = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x):
-        return x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
-
-
-@modes
-@pytest.mark.parametrize("between", ["none", "identity", "dropout", "squeeze_excite", "stochastic_depth"])
-def test_b8_module_between_batch_norm_and_add(vision, between, mode):
-    modules = {
-        "none": None,
-        "identity": nn.Identity(),
-        "dropout": nn.Dropout2d(0.5),
-        "squeeze_excite": SqueezeExcite(16),
-        "stochastic_depth": vision.ops.StochasticDepth(0.5, "row"),
-    }
-    eager = randomise(drop_path_block("torchvision")(modules[between], 16, 4))
-    fused = copy.deepcopy(eager)
-    report = fastres.fuse_(fused)
-    assert report.fused == 0 and all(row.reason for row in report.rows)  # a forward that no recipe knows: left alone, and said
-    x = image()
-    outcomes = []
-    for model in (fused, eager):
-        torch.manual_seed(4)
-        outcomes.append(step(model, x, mode))
-    assert_same(*outcomes)
-
-
-@modes
-@libraries
-def test_b8_module_put_behind_a_known_blocks_batch_norm(library, mode):
-    """bn3 is no longer a plain batch norm: the block's own forward runs, dropout and all."""
-
-    def put(model):
-        model.bn3 = nn.Sequential(model.bn3, nn.Dropout2d(0.5))
-
-    eager = block(library, stride=2)
-    fused = copy.deepcopy(eager)
-    fastres.fuse_(fused)
-    put(eager), put(fused)
-    x = image()
-    torch.manual_seed(4)
-    want = step(eager, x, mode)
-    torch.manual_seed(4)
-    with watched() as seen:
-        got = step(fused, x, mode)
-    assert_path(seen, "eager", "Sequential")
-    assert_same(got, want)
-
-
-@libraries
-@kinds
-@modes
-@pytest.mark.parametrize("act", [nn.ReLU6(), nn.LeakyReLU(0.1), nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.PReLU()], ids=repr)
-def test_b9_other_activations(library, kind, act, mode):
-    def replace(model):
-        model.relu = copy.deepcopy(act)
-
-    check(block(library, kind, stride=2), image(), mode, after=replace, path="eager", reason=type(act).__name__)
-    before = block(library, kind, stride=2)
-    replace(before)
-    check(before, image(), mode, path="eager", reason=type(act).__name__)
-
-
-@modes
-@pytest.mark.parametrize("inplace", [True, False])
-def test_b9_relu_in_place_or_not(inplace, mode):
-    check(block(stride=2), image(), mode, after=lambda model: setattr(model.relu, "inplace", inplace))
-
-
-class FunctionalRelu(nn.Module):
-    """The ways in which people write a ReLU without the module."""
-
-    def __init__(self, relu):
-        super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), relu
-
-    def forward(self, x):
-        return self.relu(self.bn(self.conv(x)) + x)
-
-
-RELUS = {"F.relu": F.relu, "F.relu_": F.relu_, "clamp": lambda y: y.clamp(min=0), "clamp_min": lambda y: y.clamp_min_(0), "max": lambda y: y.maximum(y * 0)}
-
-
-@modes
-@pytest.mark.parametrize("relu", RELUS)
-def test_b9_relu_without_a_module(relu, mode):
-    eager = randomise(FunctionalRelu(RELUS[relu]))
-    fused = copy.deepcopy(eager)
-    fastres.fuse_(fused)
-    assert_same(step(fused, x := image(), mode), step(eager, x, mode))
-
-
-def test_b9_unknown_activation_of_the_modules():
-    conv, bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-    for make in (lambda: ConvBnAct2d(conv, bn, act="silu"), lambda: BnAct2d(bn, act="silu"), lambda: AddAct(act="silu")):
-        with pytest.raises(ValueError, match="'relu', 'identity'"):
-            make()

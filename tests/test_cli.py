@@ -133,8 +133,8 @@ def test_verify_fails_outside_the_budget(ok: bool, capsys: Any, monkeypatch: pyt
         def __init__(self) -> None:
             self.ok = ok
 
-        def to_json(self) -> str:
-            return "{}"
+        def to_json(self) -> dict[str, Any]:
+            return {}
 
     monkeypatch.setattr(importlib.import_module("fastres.verify"), "verify", lambda *args, **kwargs: Certificate())
     assert run(capsys, "verify", "resnet18", "--size", "64", "--mode", "eval")[0] == (0 if ok else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ def run(given: argparse.Namespace) -> int:
     except ImportError as error:
         raise UserError(f"the benchmark's tables need rich ({error}): pip install 'fastres[bench]'") from error
     options = _options(given)
+    # A terminated benchmark ends its contenders and removes its files, as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with _progress() as say:
         result = harness.run(options, say)
     console = Console(highlight=False)
@@ -77,11 +80,6 @@ def run(given: argparse.Namespace) -> int:
         console.print(part)
     console.print(report.LEGEND, style="dim")
     console.print("\n" + report.machine_line(result))
-    load = result["machine"]["load_average"]
-    if load is not None and load > 0.5:
-        console.print(
-            f"warning: other processes were running at the start (load average {load}): the numbers may be wrong"
-        )
     stem = report.default_stem(result["date"])
     json_file = given.json or stem.with_suffix(".json")
     plot_file = given.plot or stem.with_suffix(".png")

@@ -31,6 +31,8 @@ class Contender:
     packages: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     modes: tuple[str, ...] = ("infer", "train")
+    one_mode = False  # whether it needs a new process for the other mode
+    exported_by = ""  # the form of the model that it reads, see Task.exports
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
 
     @classmethod
@@ -160,13 +162,14 @@ class ChannelsLast(Eager):
 
 class Compile(ChannelsLast):
     title = "torch.compile"
+    one_mode = True  # what it keeps of one mode would count as memory of the other
 
     def prepare(self) -> None:
         super().prepare()
         if self.task.mode == "infer":
             import torch._inductor.config as inductor
 
-            inductor.freezing = True
+            inductor.freezing = True  # in this process only, which has one mode
         torch._dynamo.reset()
         self.call = torch.compile(self.model, dynamic=False)
 
@@ -194,12 +197,10 @@ class Reference(Eager):
             np.save(task.file("loss.npy"), self.loss.item())
             return {}
         np.save(task.file("logits.npy"), self.logits.cpu().numpy())
-        if task.dtype != "float32" or task.device != "cpu":
-            return {}
         self.model.float()
         found: dict[str, Any] = {}
         for package, export in (("onnx", self.export_onnx), ("pnnx", self.export_torchscript)):
-            if importlib.util.find_spec(package) is None:
+            if package not in task.exports:
                 continue
             start = time.perf_counter()
             try:
@@ -214,7 +215,10 @@ class Reference(Eager):
         """The eager model as it is; each runtime folds its batch norms by itself."""
         images, path = self.images.float(), os.fspath(self.task.file("model.onnx"))
         names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
-        torch.onnx.export(self.model, (images,), path, dynamo=False, opset_version=17, **names)
+        try:
+            torch.onnx.export(self.model, (images,), path, dynamo=False, opset_version=17, **names)
+        except Exception:  # the newer exporter needs onnxscript and three times as long, but may know more
+            torch.onnx.export(self.model, (images,), path, dynamo=True, external_data=False, verbose=False, **names)
 
     def export_torchscript(self) -> None:
         torch.jit.trace(self.model, self.images[:1].float()).save(os.fspath(self.task.file("model.pt")))

@@ -100,6 +100,20 @@ def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
+def busy_seconds() -> float | None:
+    """Processor seconds that this machine has spent working since it started, all processes and cores together.
+
+    None where the system does not tell.
+    """
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        user, nice, system, _idle, _iowait, irq, softirq, *more = map(int, fields)
+        steal = more[0] if more else 0  # taken by other virtual machines: as bad as other processes
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def git_commit() -> str | None:
     """Commit of the checkout that this package runs from ("+changes" if it has uncommitted ones), or None."""
     here = Path(__file__).resolve().parent

@@ -19,7 +19,7 @@ class Peer(Contender):
     devices = ("cpu",)
     modes = ("infer",)
     dtypes = ("float32",)
-    exported_by = "onnx"  # whose export seconds count as its set-up
+    exported_by = "onnx"
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ def _label(row: dict[str, Any]) -> str:
     against = row.get("vs_eager")
     if against is None:
         return speed
-    ratio = f"{against['ratio']:.2f}x"
-    return f"{speed}  ({ratio}, no difference)" if against["verdict"] == "no difference" else f"{speed}  ({ratio})"
+    same = against["verdict"] == "no difference"
+    return f"{speed}  (no difference)" if same else f"{speed}  ({against['ratio']:.2f}x)"
 
 
 def write(result: dict[str, Any], path: Path) -> None:
@@ -31,11 +32,11 @@ def write(result: dict[str, Any], path: Path) -> None:
     if not tasks:
         return
     columns = min(len(tasks), 3)
-    lines = -(-len(tasks) // columns)
+    height = -(-len(tasks) // columns)
     most = max(len(task["contenders"]) for task in tasks)
-    figure = Figure(figsize=(4.6 * columns, (0.9 + 0.36 * most) * lines + 0.7), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, (0.9 + 0.36 * most) * height + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    axes = figure.subplots(height, columns, squeeze=False).ravel()
     for axis in axes[len(tasks) :]:
         axis.set_visible(False)
     for axis, task in zip(axes, tasks, strict=False):
@@ -61,12 +62,13 @@ def write(result: dict[str, Any], path: Path) -> None:
             )
         axis.set_yticks(list(places), [row["title"] for row in rows], fontsize=8.5)
         axis.set_title(task["title"], fontsize=10, loc="left", color=_TEXT)
-        axis.set_xlim(0, max(speeds) * 1.45)
+        axis.set_xlim(0, max(speeds) * 1.5)
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
     first = tasks[0]
     about = f"images per second, {report.settings(first)}; ratio to eager channels_last"
-    figure.suptitle(f"{about}\n{report.machine_line(result)}", fontsize=9, x=0.01, ha="left", color=_TEXT)
+    header = [line for text in (about, report.machine_line(result)) for line in textwrap.wrap(text, 58 * columns)]
+    figure.suptitle("\n".join(header), fontsize=9, x=0.01, ha="left", color=_TEXT)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -64,16 +64,17 @@ COLUMNS = ("contender", "time", "spread", "images/s", "x eager", "x best", "set-
 WIDTH = 112  # columns of the widest table
 
 LEGEND = """\
-time        median over the rounds of one iteration; spread: the middle half of the rounds (all of them, below five)
+time        median over the rounds of one iteration; spread: the middle half of the rounds (all, below five)
 x eager     times as fast as eager channels_last; x best: as the fastest contender that is not fastres
 no diff.    no difference: the spreads overlap
 pays after  images until a set-up longer than that of eager channels_last has paid for itself
 MiB         peak resident memory while running, above what the process had after its imports
-error       against float64, relative L2: of the logits (inference), of all gradients of the first step (training)"""
+error       relative L2, against float64: of the logits, or of all gradients of the first step"""
 
 
 def settings(task: dict[str, Any]) -> str:
-    return f"{task['size']} x {task['size']}, {task['dtype']}, {task['device']}, {task['threads']} threads"
+    threads = "1 thread" if task["threads"] == 1 else f"{task['threads']} threads"
+    return f"{task['size']} x {task['size']}, {task['dtype']}, {task['device']}, {threads}"
 
 
 def tables(result: dict[str, Any]) -> Iterator[RenderableType]:
@@ -120,9 +121,19 @@ def summary(task: dict[str, Any]) -> list[str]:
 
 
 def warnings(task: dict[str, Any]) -> list[str]:
-    """Contenders that burned processor time while they should have waited, and so slowed the others."""
+    """What speaks against the numbers of this table."""
+    found = []
     busy = [row["title"] for row in task["contenders"] if row.get("idle_cpu_share", 0.0) > 0.02]
-    return [f"warning: not idle between its turns: {', '.join(busy)}"] if busy else []
+    if busy:
+        found.append(f"warning: not idle between its turns: {', '.join(busy)}")
+    others = task.get("other_cpu_share") or 0.0
+    if others > 0.05:
+        found.append(
+            f"warning: other processes used {others:.0%} of the processors meanwhile: do not trust these times"
+        )
+    if task.get("reference_failed"):
+        found.append(f"no errors: the float64 reference failed: {task['reference_failed']}")
+    return found
 
 
 def machine_line(result: dict[str, Any]) -> str:

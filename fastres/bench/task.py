@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ class Task:
         threads: threads of every contender.
         folder: has weights.pt, images.npy [N, 3, size, size] float32, labels.npy [N], and what the reference process
             writes.
+        exports: in which forms it is to write the model: "onnx", "pnnx" (TorchScript).
     """
 
     model: str
@@ -41,6 +42,7 @@ class Task:
     size: int
     threads: int
     folder: str
+    exports: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -68,13 +70,9 @@ def build_model(spec: str) -> nn.Module:
         return models.create_model(spec, fused=False)
     module, _, name = spec.partition(":")
     try:
-        build = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"no model {spec}: {error}") from error
-    try:
-        model = build()
-    except TypeError as error:
-        raise UserError(f"{spec} cannot be called without arguments: {error}") from error
+        model = getattr(importlib.import_module(module), name)()
+    except Exception as error:  # whatever the module does when it is imported or called
+        raise UserError(f"no model {spec}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{spec}() gave a {type(model).__name__}, not an nn.Module")
     return model

@@ -2,11 +2,12 @@
 
     {"do": "start", "contender": "module:Class", "threads": 2}   -> {"seconds": of its imports}
     {"do": "setup", "task": {...}}                               -> {"seconds": ..., what after_setup says}
-    {"do": "run", "iterations": 10}                              -> {"samples": [seconds, ...], "idle": ..., ...}
+    {"do": "run", "iterations": 10}                              -> {"samples": [seconds, ...], "cpu": seconds}
     {"do": "memory"}                                             -> {"peak": bytes, "baseline": bytes}
 
 A command that fails is answered with {"failed": "why"}. Between commands the process waits in a blocking read;
-"idle_cpu" is the processor time that it spent there, so that the harness can tell whether it disturbed the others.
+every answer has the seconds ("idle") and processor seconds ("idle_cpu") that it waited before the command, so that the
+harness can tell whether it disturbed the others.
 """
 
 from __future__ import annotations
@@ -76,11 +77,12 @@ class Worker:
         if self.contender is None:
             raise RuntimeError("nothing is set up")
         samples, step = [], self.contender.step
+        cpu = time.process_time()
         for _ in range(iterations):
             start = time.perf_counter()
             step()
             samples.append(time.perf_counter() - start)
-        return {"samples": samples}
+        return {"samples": samples, "cpu": time.process_time() - cpu}
 
     def reset_peak(self) -> None:
         if self.device == "cuda":

@@ -1,0 +1,96 @@
+"""verify: proof that fusing did not change a model's numbers, with float64 as the judge and eager as the witness.
+
+Fused code rounds differently from eager code, so the two never agree to the last bit, and where they differ neither is
+right by itself. Three copies of the model run here on the same weights and input: plain float64 (the truth), plain in
+the dtype asked for, and fused in that dtype. A fused value is in order if it is at most twice as far from the truth as
+eager's. Below a few roundings of the dtype the value is stored in (`fastres.testing.budget`) luck decides, so that much
+is always allowed.
+
+What is compared, relative to the L2 norm of float64's:
+
+- every site: each block, projection shortcut and stem alone, on the activations that enter it in the float64 run;
+  outputs, the gradient of every parameter and of the input, running statistics, counters (exactly);
+- the whole model: the same, for mode "eval" outputs only. fp32 outputs in eval mode: 1e-5, and the same top-1.
+
+Gradients jump at the kinks of ReLU and max-pooling. For single sites in fp32 the input is moved off them (`kinks`), so
+their gradients are compared to rounding error. Elsewhere a value may round to the other side in one version and not in
+the other; therefore gradients outside their budget get another try on another input, and those of the whole model,
+where every deep network in fp32 has such values, may be off by `KINK` as well.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres.kernels import extension
+from fastres.verify.certificate import Certificate, Row, Site
+from fastres.verify.compare import Comparison
+
+__all__ = ["Certificate", "Row", "Site", "verify"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def verify(
+    model: nn.Module, x: Tensor, *, mode: str = "eval", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Certificate:
+    """Compares the fused model with eager, both against float64. `model` is not changed: copies run.
+
+    Args:
+        model: plain or fused by `fuse_`, on the device of x. Copies are put into `mode` as a whole, and their dropout
+            is off.
+        x: an input batch, [N, C, H, W], floating point. Real images: on noise a network's activations say little.
+        mode: "eval": inference (no gradients) of sites and model, and gradients of sites with running statistics.
+            "train": forward and backward with batch statistics.
+        dtype: float32, bfloat16 or float16. A lower precision is used as people use it: in eval mode the model is
+            converted, `model.to(dtype)`, batch norms too, and the oracle starts from the rounded weights; in train mode
+            it runs under `torch.autocast` with fp32 parameters.
+        seed: of the gradients that are sent backward.
+
+    Returns:
+        A Certificate: `.ok`, a table as text, `.to_json()`, `.save(path)`. It is not ok if nothing ran fused.
+
+    Raises:
+        TypeError: if model is not an nn.Module or x not a floating-point tensor.
+        ValueError: for an unknown mode or dtype; UserError, a subclass, if the model does not run on x in eager.
+    """
+    _check(model, x, mode, dtype)
+    start = time.monotonic()
+    certificate = Certificate(
+        type(model).__name__, mode, str(dtype).removeprefix("torch."), x.device.type, tuple(x.shape), seed
+    )
+    certificate.versions, certificate.machine, certificate.date = _environment(x.device)
+    with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
+        Comparison(model, x, dtype, certificate).run()
+    certificate.seconds = round(time.monotonic() - start, 1)
+    return certificate
+
+
+def _check(model: Any, x: Any, mode: str, dtype: torch.dtype) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"verify takes an nn.Module, got {type(model).__name__}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"verify takes a floating-point input tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if mode not in ("eval", "train"):
+        raise ValueError(f'mode must be "eval" or "train", got {mode!r}')
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+
+
+def _environment(device: torch.device) -> tuple[dict[str, str], dict[str, Any], str]:
+    """Versions, machine and date."""
+    import fastres
+    from fastres.bench import machine
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "fastres": fastres.__version__}
+    where: dict[str, Any] = {"cpu": machine.cpu()["model"], "isa": extension.isa() if extension.available() else None}
+    where["threads"] = torch.get_num_threads()
+    if device.type == "cuda":
+        where["gpu"] = torch.cuda.get_device_name(device)
+    return versions, where, datetime.now(timezone.utc).isoformat(timespec="seconds")
