@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastres import config, functional
 from fastres.kernels import extension, onednn, table
+from fastres.ops import registration
 
 Geometry = tuple[list[int], list[int], list[int], int]
 
@@ -24,6 +25,7 @@ class _Entry:
     bias: Tensor
     order: torch.memory_format  # channels_last if the plain weight is: the layout the input is then put into
     made_from: tuple[Any, ...]
+    tensors: tuple[Tensor, ...]  # held, so that no other tensor can get one of their ids
 
 
 # A module's entry goes with the module. Copies and pickles of a model carry no folded weights.
@@ -51,7 +53,7 @@ def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tens
     and of a large weight samples of every output and every input channel (csrc/cpu/fingerprint.cpp);
     `fastres.refresh_` is for any other write.
     """
-    if not config.keep_folded_weights or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if not config.keep_folded_weights or torch.compiler.is_compiling() or registration.autocast_enabled(x.device.type):
         return None
     if x.device.type != "cpu" or not extension.available() or x.dtype is torch.float64 or not x.numel():
         return None
@@ -63,12 +65,12 @@ def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tens
     made_from = (versions, torch.ops.fastres_cpu.fingerprint.default(tensors), bn.eps, x.dtype)
     entry = _entries.get(conv)
     if entry is None or entry.made_from != made_from:
-        entry = _entries[conv] = _fold(conv, bn, x, made_from)
+        entry = _entries[conv] = _fold(conv, bn, x, tensors, made_from)
     return None if entry.weight is None else (entry.weight, entry.bias, entry.order)
 
 
 @torch.no_grad()
-def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, made_from: tuple[Any, ...]) -> _Entry:
+def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, tensors: list[Tensor], made_from: tuple[Any, ...]) -> _Entry:
     assert bn.running_mean is not None and bn.running_var is not None
     weight, bias = functional.fold(conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
     dtype = onednn.compute_dtype(x.dtype)
@@ -78,4 +80,4 @@ def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, made_from: tuple[Any, 
         packed = onednn.pack(weight, x.shape, *geometry(conv))
     channels_last = conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous()
     order = torch.channels_last if channels_last else torch.contiguous_format
-    return _Entry(packed, bias, order, made_from)
+    return _Entry(packed, bias, order, made_from, tuple(tensors))

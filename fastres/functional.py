@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastres import ops
+from fastres.ops import registration
 from fastres.ops.bn_act_maxpool import pooled
 
 _ACTIVATIONS = {"relu": True, "identity": False}
@@ -311,11 +312,18 @@ def _check_batch_norm(
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but x is on {x.device} and {name} on {t.device}"
             )
-        # Half-precision activations may have fp32 parameters (autocast); nothing else may be mixed.
-        if t.dtype is not x.dtype and (t.dtype is not torch.float32 or x.dtype is torch.float64):
+        if not may_normalise(x.dtype, t.dtype):
             raise RuntimeError(
                 f"mixed dtype: expect {name} to be {x.dtype} or, with a half-precision input, float32; got {t.dtype}"
             )
+    dtypes = {t.dtype for t in names.values() if t is not None}
+    if len(dtypes) > 1:
+        raise RuntimeError(f"mixed dtype: batch norm's tensors must share one dtype, got {sorted(map(str, dtypes))}")
+
+
+def may_normalise(activation: torch.dtype, parameter: torch.dtype) -> bool:
+    """Batch norm's tensors have the activation's dtype, or are float32 with a half-precision activation (autocast)."""
+    return parameter is activation or (parameter is torch.float32 and activation is not torch.float64)
 
 
 def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> tuple[int, int, int, int]:
@@ -329,7 +337,7 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: 
             f"Given groups={groups}, weight of size {list(weight.shape)}, expected input{list(x.shape)} to have "
             f"{c * groups} channels, but got {x.shape[1]} channels instead"
         )
-    cast = torch.is_autocast_enabled(x.device.type)
+    cast = registration.autocast_enabled(x.device.type)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype is not x.dtype and not cast:
             raise RuntimeError(f"Input type ({x.dtype}) and {name} type ({t.dtype}) should be the same")
@@ -339,6 +347,8 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: 
             )
     if bias is not None and bias.numel() != k:
         raise RuntimeError(f"expected bias to be 1-dimensional with {k} elements, got {list(bias.shape)}")
+    if min(stride_h, stride_w) <= 0:
+        raise RuntimeError("non-positive stride is not supported")
     out_h = (x.shape[2] + 2 * pad_h - dilation_h * (r - 1) - 1) // stride_h + 1
     out_w = (x.shape[3] + 2 * pad_w - dilation_w * (s - 1) - 1) // stride_w + 1
     if out_h < 1 or out_w < 1:
@@ -358,7 +368,7 @@ def _check_residual(residual: Tensor | None, shape: Sequence[int], x: Tensor) ->
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but x is on {x.device} and residual on {residual.device}"
         )
-    if residual.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if residual.dtype is not x.dtype and not registration.autocast_enabled(x.device.type):
         raise RuntimeError(f"residual must have the input's dtype {x.dtype}, got {residual.dtype}")
 
 

@@ -145,12 +145,13 @@ def _claim(
     """Notes the rows of the children that a block's fused forward takes over."""
     prefix = f"{name}." if name else ""
     children = {f"{prefix}{child}": getattr(block, child) for child in new.fused_children if hasattr(block, child)}
-    main = reason or next(filter(None, map(sites.child_blocked, children.values())), None)
+    roles = (sites.child_blocked(path.removeprefix(prefix), child) for path, child in children.items())
+    main = reason or next(filter(None, roles), None)
     for path, child in children.items():
         claimed[child] = (Row(path, kind_of(child) or "act", main is None, main or ""), block)
     downsample = getattr(block, "downsample", None)
     if type(downsample) is nn.Sequential and len(downsample) == 2 and kind_of(downsample[0]) == "conv":
-        why = reason or next(filter(None, map(sites.child_blocked, downsample)), None)
+        why = reason or next(filter(None, map(sites.child_blocked, ("conv", "bn"), downsample)), None)
         for i, child in enumerate(downsample):
             row = Row(f"{prefix}downsample.{i}", kind_of(child) or "act", why is None, why or "")
             claimed[child] = (row, downsample)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres import functional, sites
+from fastres import functional, layout, sites
 
 __all__ = ["AddAct", "BnAct2d", "ConvBnAct2d"]
 
@@ -33,7 +33,7 @@ class ConvBnAct2d(nn.Module):
         self.conv, self.bn, self.act = conv, bn, act
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if sites.blocked(self, x, self.conv, self.bn) is None:
+        if sites.blocked(self, x, conv=self.conv, bn=self.bn) is None:
             return sites.conv_bn_act(self.conv, self.bn, x, act=self.act, residual=residual)
         y = self.bn(self.conv(x))
         if residual is not None:
@@ -53,7 +53,7 @@ class BnAct2d(nn.Module):
         self.bn, self.act = bn, act
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if sites.blocked(self, x, self.bn) is None:
+        if sites.blocked(self, x, bn=self.bn) is None:
             return sites.bn_act(self.bn, x, act=self.act, residual=residual)
         y = self.bn(x)
         if residual is not None:
@@ -74,7 +74,8 @@ class AddAct(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         same = isinstance(residual, Tensor) and x.shape == residual.shape and x.dtype is residual.dtype
-        if same and sites.blocked(self, x) is None:
+        reason = None if same and layout.dense(x) is x else "the inputs differ in shape or dtype, or have gaps"
+        if sites.blocked(self, x, reason) is None:
             return functional.add_act(x, residual, act=self.act)
         return _activate(x + residual, self.act)
 

@@ -43,8 +43,8 @@ def _statistics(
         return torch.zeros_like(x[:0].sum(_DIMS), dtype=torch.float64), torch.ones_like(
             x[:0].sum(_DIMS), dtype=torch.float64
         )
-    var, mean = torch.var_mean(x.double(), _DIMS, correction=0)
-    return mean, var
+    mean = x.double().mean(_DIMS)  # not var_mean: with an Inf in the channel it gives NaN here, where eager gives Inf
+    return mean, (x.double() - _per_channel(mean)).square().mean(_DIMS)
 
 
 def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:

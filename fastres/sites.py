@@ -19,6 +19,7 @@ from torch.nn.modules import module as nn_module
 from fastres import folding, functional
 from fastres import ops as _ops
 from fastres.kernels import table
+from fastres.ops import registration
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GLOBAL_HOOKS = (
@@ -43,10 +44,15 @@ def listening(listener: Callable[[nn.Module, str | None], None]) -> Any:
         _listener = before
 
 
-def blocked(block: nn.Module, x: Any, *children: nn.Module | None) -> str | None:
-    """Why `block` has to run its original forward on `x` now, or None. `children`: the modules the fast path would not
-    call."""
-    reason = _input_blocked(x) or _children_blocked(x, children)
+def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.Module) -> str | None:
+    """Why `block` has to run its original forward on `x` now, or None.
+
+    Args:
+        reason: one that the caller has found already.
+        children: the modules the fast path would not call, under the names of their roles: conv, bn, relu or maxpool,
+            with or without a number.
+    """
+    reason = reason or _input_blocked(x) or _children_blocked(x, children)
     if _listener is not None:
         _listener(block, reason)
     return reason
@@ -55,7 +61,7 @@ def blocked(block: nn.Module, x: Any, *children: nn.Module | None) -> str | None
 def _input_blocked(x: Any) -> str | None:
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"input is a {type(x).__name__}, not a plain tensor"
-    if x.layout is not torch.strided or x.dtype not in _DTYPES:
+    if x.layout is not torch.strided or x.is_nested or x.dtype not in _DTYPES:
         return f"input is {x.layout}, {x.dtype}"
     if x.dim() != 4:
         return f"input has {x.dim()} dimensions"
@@ -73,37 +79,41 @@ def _input_blocked(x: Any) -> str | None:
     return None
 
 
-def _children_blocked(x: Tensor, children: tuple[nn.Module | None, ...]) -> str | None:
-    cast = torch.is_autocast_enabled(x.device.type)
-    for child in children:
-        if child is None:
-            continue
-        reason = child_blocked(child)
-        if reason is None and type(child) is nn.Conv2d:
+def _children_blocked(x: Tensor, children: dict[str, nn.Module]) -> str | None:
+    cast = registration.autocast_enabled(x.device.type)
+    for role, child in children.items():
+        reason = child_blocked(role, child)
+        if reason is None and isinstance(child, nn.Conv2d):
             reason = _conv_blocked(child, x, cast)
-        elif reason is None and type(child) is nn.BatchNorm2d:
+        elif reason is None and isinstance(child, nn.BatchNorm2d):
             reason = _batch_norm_blocked(child, x)
         if reason:
             return reason
     return None
 
 
-#: The modules that fused code may stand in for, with the forwards that it was written for.
-_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d)}
+#: What a role has to be, and the forward that fused code stands in for.
+_ROLES: dict[str, tuple[type[nn.Module], Any]] = {
+    "conv": (nn.Conv2d, nn.Conv2d.forward),
+    "bn": (nn.BatchNorm2d, nn.BatchNorm2d.forward),
+    "relu": (nn.ReLU, nn.ReLU.forward),
+    "maxpool": (nn.MaxPool2d, nn.MaxPool2d.forward),
+}
 
 
-def child_blocked(child: nn.Module) -> str | None:
+def child_blocked(role: str, child: nn.Module) -> str | None:
     """Why a child may not be replaced by fused code whatever its input is, or None."""
+    wanted, forward = _ROLES[role.rstrip("0123456789")]
     kind = type(child)
-    if kind not in _FORWARDS:
-        return f"{kind.__name__} in place of a plain module"
-    if kind.forward is not _FORWARDS[kind]:
+    if kind is not wanted:
+        return f"{role} is a {kind.__name__}, not a plain {wanted.__name__}"
+    if kind.forward is not forward:
         return f"{kind.__name__}.forward was replaced"
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-        return f"hooks on {kind.__name__}"
+        return f"hooks on {role}"
     if "forward" in child.__dict__:
-        return f"{kind.__name__} has its own forward"
-    if kind is nn.Conv2d and (child.padding_mode != "zeros" or isinstance(child.padding, str)):
+        return f"{role} has its own forward"
+    if isinstance(child, nn.Conv2d) and (child.padding_mode != "zeros" or isinstance(child.padding, str)):
         return f"padding {child.padding!r}, mode {child.padding_mode!r}"
     return _max_pool_blocked(child) if isinstance(child, nn.MaxPool2d) else None
 
@@ -125,14 +135,13 @@ def _batch_norm_blocked(bn: nn.BatchNorm2d, x: Tensor) -> str | None:
         return "one of the running statistics is None"
     if bn.eps < 0 or (bn.eps == 0 and (bn.training or mean is None)):
         return f"eps {bn.eps}"  # eager's own error
-    for t in (bn.weight, bn.bias, mean, var):
-        if t is None:
-            continue
+    tensors = [t for t in (bn.weight, bn.bias, mean, var) if t is not None]
+    for t in tensors:
         if type(t) is not nn.Parameter and type(t) is not Tensor:
             return f"a batch-norm tensor is a {type(t).__name__}"
         if t.device != x.device:
             return f"input on {x.device}, batch norm on {t.device}"
-        if t.dtype is not x.dtype and t.dtype is not torch.float32:
+        if not functional.may_normalise(x.dtype, t.dtype) or t.dtype is not tensors[0].dtype:
             return f"input is {x.dtype}, batch norm {t.dtype}"
     return None
 
@@ -240,7 +249,7 @@ def _fits(residual: Any, shape: Any, x: Tensor) -> bool:
     """Whether a residual can be added inside an op: all else has the rules and errors of eager's `+=`."""
     if not isinstance(residual, Tensor):
         return False
-    cast = torch.is_autocast_enabled(x.device.type)
+    cast = registration.autocast_enabled(x.device.type)
     return residual.shape == torch.Size(shape) and residual.device == x.device and (cast or residual.dtype is x.dtype)
 
 

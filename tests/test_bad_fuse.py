@@ -106,7 +106,7 @@ def test_fuse_that_is_interrupted(monkeypatch):
     model = nn.Sequential(network(), block())
     before = state_of(model)
 
-    def interrupt(child):
+    def interrupt(role, child):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -213,7 +213,7 @@ def dev(tmp_path, monkeypatch):
 def use(dev, monkeypatch, *, active, here="", venv=""):
     """Pretends an active environment or none, and the versions of torch here and in .venv after installation."""
     monkeypatch.setattr(dev.sys, "prefix", "env" if active else dev.sys.base_prefix)
-    monkeypatch.setattr(dev, "package_version", lambda python, name: venv if ".venv" in python else here)
+    monkeypatch.setattr(dev, "package_version", lambda python, name: here if python == sys.executable else venv)
     made = SimpleNamespace(inherit=None)
 
     def create_venv(place, inherit=False):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def load() -> None:
     global error
     if os.environ.get("FASTRES_NO_EXT") == "1":
         error = "FASTRES_NO_EXT=1 leaves the compiled kernels out"
-    elif importlib.util.find_spec("fastres._C") is None:
+    elif not any((_PACKAGE / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):  # beside us, nobody else's
         reason = build_info().get("error") or "this source tree was not built: `pip install -e .` does that"
         error = f"fastres._C is not there: {reason}"
     else:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastres.kernels import table
 
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 _LIBRARY = torch.library.Library("fastres", "DEF")
 
 
@@ -44,9 +45,7 @@ def differentiable(op: Any, setup_context: Callable[..., None], backward: Callab
         if (
             not torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled(
-                args[0].device.type
-            )  # the autocast kernel has to run before gradients are recorded
+            or autocast_enabled(args[0].device.type)  # the autocast kernel has to run before gradients are recorded
             or not any(isinstance(a, Tensor) and a.requires_grad for a in args)
         ):
             return op(*args)
@@ -55,10 +54,15 @@ def differentiable(op: Any, setup_context: Callable[..., None], backward: Callab
     return call
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a device type that has autocast kernels here."""
+    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
+
+
 def autocast(op: Any, cast: Callable[..., Sequence[Any]]) -> None:
     """Under autocast `op` runs with `cast(dtype, *args)` as its arguments, and autocast off."""
     name = op.name().split("::")[1]
-    for device in ("cpu", "cuda"):
+    for device in _AUTOCAST_DEVICES:
         key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
         def run(*args: Any, device: str = device, key: Any = key) -> Any:

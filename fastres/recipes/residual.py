@@ -40,7 +40,7 @@ def _shortcut(block: Any, x: Tensor) -> Tensor:
         bn: Any = downsample[1]
         hooked = downsample._forward_hooks or downsample._forward_pre_hooks or downsample._backward_hooks
         plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and not hooked
-        if plain and not downsample._backward_pre_hooks and sites.blocked(downsample, x, conv, bn) is None:
+        if plain and not downsample._backward_pre_hooks and sites.blocked(downsample, x, conv=conv, bn=bn) is None:
             return sites.conv_bn_act(conv, bn, x, act="identity")
     return downsample(x)
 
@@ -49,16 +49,16 @@ def _join(conv: nn.Conv2d, bn: nn.BatchNorm2d, y: Tensor, shortcut: Any) -> Tens
     """relu(bn(conv(y)) + shortcut)."""
     if shortcut is None:  # a user's downsample may return it; to the function below it would mean that there is none
         y = sites.conv_bn_act(conv, bn, y, act="identity")
-        y += shortcut  # eager's TypeError
+        y += shortcut  # type: ignore[arg-type]  # eager's TypeError
     return sites.conv_bn_act(conv, bn, y, act="relu", residual=shortcut)
 
 
-def _blocked(block: Any, x: Tensor, *children: nn.Module) -> bool:
+def _blocked(block: Any, x: Tensor, **children: nn.Module) -> bool:
     """Whether the block's own forward has to run. `children`: in the order of the forward, the last batch norm last."""
-    if sites.blocked(block, x, *children) is not None:
-        return True
     # The shortcut is computed first here and last in eager, which shows if both use one batch norm.
-    return block.downsample is not None and any(module is children[-1] for module in block.downsample.modules())
+    last = [*children.values()][-1]
+    shared = block.downsample is not None and any(module is last for module in block.downsample.modules())
+    return sites.blocked(block, x, "batch norm shared with the shortcut" if shared else None, **children) is not None
 
 
 class BasicBlockForward(FusedModule):
@@ -68,7 +68,8 @@ class BasicBlockForward(FusedModule):
     fused_children = ("conv1", "bn1", "relu", "conv2", "bn2")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if _blocked(self, x, self.conv1, self.bn1, self.relu, self.conv2, self.bn2):
+        children = {name: getattr(self, name) for name in self.fused_children}
+        if _blocked(self, x, **children):
             return super().forward(x)  # type: ignore[misc]
         y = sites.conv_bn_act(self.conv1, self.bn1, x, act="relu")
         return _join(self.conv2, self.bn2, y, _shortcut(self, x))
@@ -81,8 +82,8 @@ class BottleneckForward(FusedModule):
     fused_children = ("conv1", "bn1", "relu", "conv2", "bn2", "conv3", "bn3")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        children = (self.conv1, self.bn1, self.relu, self.conv2, self.bn2, self.conv3, self.bn3)
-        if _blocked(self, x, *children):
+        children = {name: getattr(self, name) for name in self.fused_children}
+        if _blocked(self, x, **children):
             return super().forward(x)  # type: ignore[misc]
         y = sites.conv_bn_act(self.conv1, self.bn1, x, act="relu")
         y = sites.conv_bn_act(self.conv2, self.bn2, y, act="relu")
@@ -102,7 +103,7 @@ class StemForward(FusedModule):
     def _forward_impl(self: Any, x: Tensor) -> Tensor:
         # The input's dtype may be changed by conv1 (autocast): what counts is what batch norm gets.
         x = self.conv1(x)
-        if sites.blocked(self, x, self.bn1, self.relu, self.maxpool) is None:
+        if sites.blocked(self, x, bn1=self.bn1, relu=self.relu, maxpool=self.maxpool) is None:
             x = sites.bn_act_maxpool(self.bn1, self.maxpool, x, act="relu")
         else:
             x = self.maxpool(self.relu(self.bn1(x)))
