@@ -10,7 +10,8 @@ constexpr int64_t kGrain = 1 << 15;  // values a thread takes at least
 
 // The caller has made both tensors dense in one layout, so that equal offsets are equal places.
 void check_pair(const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.numel() == b.numel(), "both tensors must have one dtype and shape");
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.numel() == b.numel(),
+                  "both tensors must have one dtype and shape");
 }
 
 Tensor add_act(const Tensor& x, const Tensor& residual, bool relu) {

@@ -30,8 +30,9 @@ std::vector<float> reference_points(const Tensor& x, bool channels_last) {
     for (int64_t s = 0; s < samples; ++s) {
       const int64_t pixel = s * shape.count() / samples;
       const int64_t image = pixel / shape.plane(), place = pixel % shape.plane();
-      const float value = value_at(
-          data, dtype, channels_last ? pixel * shape.channels + c : (image * shape.channels + c) * shape.plane() + place);
+      const float value =
+          value_at(data, dtype,
+                   channels_last ? pixel * shape.channels + c : (image * shape.channels + c) * shape.plane() + place);
       if (!std::isfinite(value)) continue;
       sum += value;
       ++finite;
@@ -53,10 +54,11 @@ BnAct describe(const Tensor& x, bool channels_last, bool relu) {
   return args;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                                  const OptionalTensor& residual, bool training, double eps, bool relu,
-                                                  bool save_mask, bool channels_last) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act(const Tensor& x, const OptionalTensor& weight,
+                                                  const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                                  const OptionalTensor& running_var, const OptionalTensor& residual,
+                                                  bool training, double eps, bool relu, bool save_mask,
+                                                  bool channels_last) {
   check_dense(x, channels_last, "x");
   const int64_t channels = x.size(1);
   BnAct args = describe(x, channels_last, relu);
@@ -78,17 +80,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act(const Tensor& x, const Optiona
   Tensor mask = empty_of(x, save_mask ? args.runs * args.mask_stride : 0, ScalarType::Byte);
   if (save_mask) args.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
   args.y = y.mutable_data_ptr();
-  Parameters parameters(channels, mean_data, var_data, floats(weight, channels, "weight"), floats(bias, channels, "bias"), eps);
+  Parameters parameters(channels, mean_data, var_data, floats(weight, channels, "weight"),
+                        floats(bias, channels, "bias"), eps);
   parameters.give(&args, training);
   const BnActKernels& kernels = bn_act_kernels(dtype_index(x), channels_last);
   parallel_chunks(args.runs, args.length, [&](int64_t begin, int64_t end) { kernels.apply(args, begin, end); });
   return {y, mean, var, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const Tensor& x, const OptionalTensor& weight,
-                                                           const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                                                           const OptionalTensor& mask, bool training, double eps, bool relu,
-                                                           bool need_x, bool need_affine, bool need_residual,
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const Tensor& x,
+                                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                                           const Tensor& mean, const Tensor& var,
+                                                           const OptionalTensor& mask, bool training, double eps,
+                                                           bool relu, bool need_x, bool need_affine, bool need_residual,
                                                            bool channels_last) {
   check_dense(x, channels_last, "x");
   check_like(grad_y, x, channels_last, "grad_y");

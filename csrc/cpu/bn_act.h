@@ -37,9 +37,9 @@ struct BnActPool {
   int kernel, stride, padding;
   bool relu;
   const void* x;
-  void* y;                // forward: pooled output. backward: grad_x
-  const void* grad_y;     // like the pooled output
-  uint8_t* index;         // which element of the window was the maximum, row by row
+  void* y;             // forward: pooled output. backward: grad_x
+  const void* grad_y;  // like the pooled output
+  uint8_t* index;      // which element of the window was the maximum, row by row
   const float *mean, *scale, *shift;
   const float *slope, *offset;  // null with running statistics
 };

@@ -27,8 +27,7 @@ struct GradientSource {
   FASTRES_INLINE_MEMBER Row row(int64_t run) const {
     T* grad_residual = static_cast<T*>(p.grad_residual);
     return {static_cast<const T*>(p.x) + run * p.length, static_cast<const T*>(p.grad_y) + run * p.length,
-            kMask ? p.mask + run * p.mask_stride : nullptr,
-            grad_residual ? grad_residual + run * p.length : nullptr};
+            kMask ? p.mask + run * p.mask_stride : nullptr, grad_residual ? grad_residual + run * p.length : nullptr};
   }
   template <class N>
   FASTRES_INLINE_MEMBER vf gradient(const Row& row, int64_t channel, int64_t i, N n, vf centred) const {
@@ -37,7 +36,8 @@ struct GradientSource {
     if (kMask) {
       keep = load_bits(row.mask, i, n);
     } else if (p.relu) {
-      const vf z = centred * parameter<kChannelsLast>(p.scale, channel, i) + parameter<kChannelsLast>(p.shift, channel, i);
+      const vf z =
+          centred * parameter<kChannelsLast>(p.scale, channel, i) + parameter<kChannelsLast>(p.shift, channel, i);
       keep = ~(z <= 0.0f);  // NaN passes, as in eager
     } else {
       return grad;
@@ -104,14 +104,15 @@ void backward_reduce_runs(const BnAct& p, int64_t begin, int64_t end, double* su
 
 template <class T, bool kChannelsLast>
 void backward_reduce(const BnAct& p, int64_t begin, int64_t end, double* sum1, double* sum2) {
-  (p.mask ? backward_reduce_runs<T, kChannelsLast, true>
-          : backward_reduce_runs<T, kChannelsLast, false>)(p, begin, end, sum1, sum2);
+  (p.mask ? backward_reduce_runs<T, kChannelsLast, true> : backward_reduce_runs<T, kChannelsLast, false>)(p, begin, end,
+                                                                                                          sum1, sum2);
 }
 
 template <class T, bool kChannelsLast, bool kMask>
 void backward_apply_runs(const BnAct& p, int64_t begin, int64_t end) {
   const GradientSource<T, kChannelsLast, kMask> source{p};
-  for (int64_t run = end - 1; run >= begin; --run) {  // the reduction came from the front: its last runs are still cached
+  for (int64_t run = end - 1; run >= begin;
+       --run) {  // the reduction came from the front: its last runs are still cached
     const auto row = source.row(run);
     T* grad_x = static_cast<T*>(p.y) + run * p.length;
     const int64_t channel = kChannelsLast ? 0 : run % p.channels;

@@ -36,12 +36,14 @@ BnActPool describe(const Tensor& x, int64_t kernel, int64_t stride, int64_t padd
 // The pooled tensor in the layout of x, of the given dtype.
 Tensor empty_pooled(const Tensor& x, const BnActPool& args, ScalarType dtype, bool channels_last) {
   using torch::headeronly::MemoryFormat;
-  return torch::stable::empty({args.images, args.channels, args.out_height, args.out_width}, dtype, std::nullopt, x.device(),
-                              std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return torch::stable::empty({args.images, args.channels, args.out_height, args.out_width}, dtype, std::nullopt,
+                              x.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_maxpool(const Tensor& x, const OptionalTensor& weight,
-                                                          const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                                          const OptionalTensor& bias,
+                                                          const OptionalTensor& running_mean,
                                                           const OptionalTensor& running_var, bool training, double eps,
                                                           bool relu, int64_t kernel, int64_t stride, int64_t padding,
                                                           bool channels_last) {
@@ -62,7 +64,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_maxpool(const Tensor& x, const
   Tensor index = empty_pooled(x, args, ScalarType::Byte, channels_last);
   args.y = y.mutable_data_ptr();
   args.index = static_cast<uint8_t*>(index.mutable_data_ptr());
-  Parameters parameters(channels, mean_data, var_data, floats(weight, channels, "weight"), floats(bias, channels, "bias"), eps);
+  Parameters parameters(channels, mean_data, var_data, floats(weight, channels, "weight"),
+                        floats(bias, channels, "bias"), eps);
   parameters.give(&args, training);
   const BnActPoolKernels& kernels = bn_act_pool_kernels(dtype_index(x), channels_last);
   const int64_t rows = channels_last ? args.images * args.out_height : args.images * channels;
@@ -70,10 +73,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_maxpool(const Tensor& x, const
   return {y, mean, var, index};
 }
 
-std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_backward(const Tensor& grad_y, const Tensor& x, const OptionalTensor& weight,
-                                                           const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                                                           const Tensor& index, bool training, double eps, bool relu,
-                                                           int64_t kernel, int64_t stride, int64_t padding, bool need_x,
+std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_backward(const Tensor& grad_y, const Tensor& x,
+                                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                                           const Tensor& mean, const Tensor& var, const Tensor& index,
+                                                           bool training, double eps, bool relu, int64_t kernel,
+                                                           int64_t stride, int64_t padding, bool need_x,
                                                            bool need_affine, bool channels_last) {
   check_dense(x, channels_last, "x");
   check_dense(grad_y, channels_last, "grad_y");
@@ -81,10 +85,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_backward(const Tensor& grad_y,
   const Shape shape(x);
   const int64_t channels = shape.channels;
   BnActPool args = describe(x, kernel, stride, padding, relu);
-  STD_TORCH_CHECK(grad_y.scalar_type() == x.scalar_type() && index.scalar_type() == ScalarType::Byte, "dtypes do not match");
+  STD_TORCH_CHECK(grad_y.scalar_type() == x.scalar_type() && index.scalar_type() == ScalarType::Byte,
+                  "dtypes do not match");
   const int64_t expected[4] = {args.images, channels, args.out_height, args.out_width};
   for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(grad_y.size(i) == expected[i] && index.size(i) == expected[i], "grad_y and index must have the pooled shape");
+    STD_TORCH_CHECK(grad_y.size(i) == expected[i] && index.size(i) == expected[i],
+                    "grad_y and index must have the pooled shape");
   }
   args.grad_y = grad_y.const_data_ptr();
   args.index = const_cast<uint8_t*>(static_cast<const uint8_t*>(index.const_data_ptr()));

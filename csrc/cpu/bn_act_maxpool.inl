@@ -164,7 +164,8 @@ struct PoolSourceContiguous {
   const BnActPool& p;
   FASTRES_INLINE_MEMBER Row row(int64_t plane) const {
     const int64_t out = plane * p.out_height * p.out_width;
-    return {static_cast<const T*>(p.x) + plane * p.height * p.width, static_cast<const T*>(p.grad_y) + out, p.index + out};
+    return {static_cast<const T*>(p.x) + plane * p.height * p.width, static_cast<const T*>(p.grad_y) + out,
+            p.index + out};
   }
   template <class N>
   FASTRES_INLINE_MEMBER vf gradient(const Row& row, int64_t channel, int64_t i, N n, vf centred) const {
@@ -218,7 +219,8 @@ void pool_backward_apply(const BnActPool& p, int64_t begin, int64_t end) {
 
 template <class T>
 constexpr BnActPoolKernels contiguous_kernels() {
-  return {pool_forward_contiguous<T>, pool_reduce_contiguous<T>, pool_backward_apply<T, false, PoolSourceContiguous<T>>};
+  return {pool_forward_contiguous<T>, pool_reduce_contiguous<T>,
+          pool_backward_apply<T, false, PoolSourceContiguous<T>>};
 }
 template <class T>
 constexpr BnActPoolKernels channels_last_kernels() {

@@ -68,9 +68,8 @@ Sums reduce(const Shape& shape, bool channels_last, const F& f) {
   const int64_t channels = shape.channels;
   Sums sums{std::vector<double>(channels), std::vector<double>(channels)};
   if (!channels_last) {
-    torch::stable::parallel_for(0, channels, 1, [&](int64_t begin, int64_t end) {
-      f(begin, end, sums.first.data(), sums.second.data());
-    });
+    torch::stable::parallel_for(
+        0, channels, 1, [&](int64_t begin, int64_t end) { f(begin, end, sums.first.data(), sums.second.data()); });
     return sums;
   }
   const Chunks chunks(shape.count(), channels);
@@ -93,8 +92,13 @@ Sums reduce(const Shape& shape, bool channels_last, const F& f) {
 // Per-channel values as the kernels want them: floats, padded to whole vectors (see bn_act.h for the formulas).
 class Parameters {
  public:
-  Parameters(int64_t channels, const double* mean, const double* var, const float* weight, const float* bias, double eps)
-      : channels_(channels), stride_(divide_up(channels, 16) * 16), values_(5 * stride_), rest_(channels), inverse_(channels) {
+  Parameters(int64_t channels, const double* mean, const double* var, const float* weight, const float* bias,
+             double eps)
+      : channels_(channels),
+        stride_(divide_up(channels, 16) * 16),
+        values_(5 * stride_),
+        rest_(channels),
+        inverse_(channels) {
     for (int64_t c = 0; c < channels; ++c) {
       const double inverse = 1.0 / std::sqrt(var[c] + eps), scale = weight ? weight[c] * inverse : inverse;
       inverse_[c] = inverse;
@@ -171,6 +175,8 @@ inline void check_like(const Tensor& t, const Tensor& x, bool channels_last, con
   for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(t.size(i) == x.size(i), name, " must have the shape of x");
 }
 
-inline Tensor empty_of(const Tensor& like, int64_t n, ScalarType dtype) { return torch::stable::new_empty(like, {n}, dtype); }
+inline Tensor empty_of(const Tensor& like, int64_t n, ScalarType dtype) {
+  return torch::stable::new_empty(like, {n}, dtype);
+}
 
 }  // namespace fastres

@@ -42,7 +42,9 @@ int64_t fingerprint(const std::vector<Tensor>& tensors) {
       const bool whole = samples == t.numel();
       const int64_t out = whole ? i / (c * r * s) : i % k, in = whole ? i / (r * s) % c : i % c;
       const int64_t tap = i % (r * s);
-      hash = mix(hash, value_bits(data, out * t.stride(0) + in * t.stride(1) + tap / s * t.stride(2) + tap % s * t.stride(3), size));
+      hash = mix(
+          hash,
+          value_bits(data, out * t.stride(0) + in * t.stride(1) + tap / s * t.stride(2) + tap % s * t.stride(3), size));
     }
   }
   return static_cast<int64_t>(hash);

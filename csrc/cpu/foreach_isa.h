@@ -38,10 +38,11 @@ namespace avx512_bf16 {
 }  // namespace avx512_bf16
 FASTRES_TARGET_END
 
-#define FASTRES_PICK_ISA(name)                         \
-  (isa() == Isa::avx512_bf16 ? avx512_bf16::name       \
-   : isa() == Isa::avx512    ? avx512::name            \
-   : isa() == Isa::avx2      ? avx2::name : base::name)
+#define FASTRES_PICK_ISA(name)                   \
+  (isa() == Isa::avx512_bf16 ? avx512_bf16::name \
+   : isa() == Isa::avx512    ? avx512::name      \
+   : isa() == Isa::avx2      ? avx2::name        \
+                             : base::name)
 #else
 #define FASTRES_PICK_ISA(name) (base::name)
 #endif

@@ -21,6 +21,7 @@ extern "C" PyObject* PyInit__C(void) {
     PyErr_SetString(PyExc_ImportError, e.what());
     return nullptr;
   }
-  static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static struct PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -22,13 +22,14 @@ FASTRES_INLINE void add_to(double* sum, vf v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum[i] += lanes[i];
 }
 
-constexpr int kRows = 16;  // values added in fp32 before they go to double: keeps the sums' error near one fp32 rounding
+constexpr int kRows =
+    16;  // values added in fp32 before they go to double: keeps the sums' error near one fp32 rounding
 
 // Source: row(run) -> what a run needs; terms(row, channel, i, n, &a, &b) -> the two terms of the values at i.
 // NHWC: kRows runs at a time, so that the sums of a vector of channels stay in registers.
 template <class Source>
-FASTRES_INLINE void reduce_channels_last(const Source& source, int64_t channels, int64_t begin, int64_t end, double* sum1,
-                                         double* sum2) {
+FASTRES_INLINE void reduce_channels_last(const Source& source, int64_t channels, int64_t begin, int64_t end,
+                                         double* sum1, double* sum2) {
   typename Source::Row rows[kRows];
   for (int64_t run = begin; run < end; run += kRows) {
     const int count = static_cast<int>(end - run < kRows ? end - run : kRows);
@@ -48,8 +49,8 @@ FASTRES_INLINE void reduce_channels_last(const Source& source, int64_t channels,
 
 // NCHW: channels [begin, end), all images of each.
 template <class Source>
-FASTRES_INLINE void reduce_contiguous(const Source& source, int64_t images, int64_t channels, int64_t length, int64_t begin,
-                                      int64_t end, double* sum1, double* sum2) {
+FASTRES_INLINE void reduce_contiguous(const Source& source, int64_t images, int64_t channels, int64_t length,
+                                      int64_t begin, int64_t end, double* sum1, double* sum2) {
   for (int64_t channel = begin; channel < end; ++channel) {
     double lanes1[W] = {}, lanes2[W] = {};
     for (int64_t image = 0; image < images; ++image) {

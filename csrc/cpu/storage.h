@@ -42,7 +42,7 @@ inline F16 float_to_half(float value) {
   if (magnitude > 0x7f800000u) {
     half = 0x7e00u;  // quiet NaN
   } else if (magnitude >= 0x477ff000u) {
-    half = 0x7c00u;  // rounds to Inf: 65520 and above
+    half = 0x7c00u;                       // rounds to Inf: 65520 and above
   } else if (magnitude >= 0x38800000u) {  // normal half: round the 13 dropped bits to nearest even
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
   } else {  // subnormal half: adding 0.5 lets the float unit round at the right bit

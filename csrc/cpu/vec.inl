@@ -84,13 +84,21 @@ struct Tail {
   int64_t n;
 };
 template <class T>
-FASTRES_INLINE vf load(const T* p, Full) { return load(p); }
+FASTRES_INLINE vf load(const T* p, Full) {
+  return load(p);
+}
 template <class T>
-FASTRES_INLINE vf load(const T* p, Tail t) { return load(p, t.n); }
+FASTRES_INLINE vf load(const T* p, Tail t) {
+  return load(p, t.n);
+}
 template <class T>
-FASTRES_INLINE void store(T* p, vf v, Full) { store(p, v); }
+FASTRES_INLINE void store(T* p, vf v, Full) {
+  store(p, v);
+}
 template <class T>
-FASTRES_INLINE void store(T* p, vf v, Tail t) { store(p, v, t.n); }
+FASTRES_INLINE void store(T* p, vf v, Tail t) {
+  store(p, v, t.n);
+}
 
 // One bit a lane, lane 0 in bit 0. `lanes` holds 0 or -1 in each lane.
 FASTRES_INLINE uint32_t to_bits(vi lanes) {
