@@ -69,6 +69,19 @@ def test_fp32_gradients_are_compared_to_rounding_error(mode: str) -> None:
     assert max(row.eager_error for row in gradients) < 1e-5
 
 
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_budgets(mode: str) -> None:
+    rows = verify(network(), images(), mode=mode).rows
+    for row in rows:
+        if row.kind in ("counter", "top-1") or (row.kind == "buffer" and mode == "eval"):
+            assert row.budget == 0
+        elif row.site != MODEL:
+            floor = 2**-22 if row.kind == "buffer" else 2**-20
+            assert row.budget == max(2 * row.eager_error, floor)
+    (output,) = (row for row in rows if (row.site, row.kind) == (MODEL, "output"))
+    assert output.budget == (1e-5 if mode == "eval" else max(2 * output.eager_error, 2**-20))
+
+
 def test_a_fused_channels_last_model_passes() -> None:
     model = network()
     fastres.fuse_(model)
@@ -279,10 +292,8 @@ def test_sites_that_did_not_run_fused_are_named() -> None:
     model.layer1[0].bn1.register_forward_hook(lambda *_: None)
     certificate = verify(model, images(), mode="train")
     assert certificate.ok
-    assert {site.name: site.reason for site in certificate.sites if not site.fused} == {
-        "layer1.0": "hooks on BatchNorm2d"
-    }
-    assert "3 of 4 sites ran fused, not:\n  layer1.0: hooks on BatchNorm2d" in str(certificate)
+    assert {site.name: site.reason for site in certificate.sites if not site.fused} == {"layer1.0": "hooks on bn1"}
+    assert "3 of 4 sites ran fused, not:\n  layer1.0: hooks on bn1" in str(certificate)
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

@@ -199,14 +199,24 @@ def _error(kind: str, x: Tensor, truth: Tensor) -> float:
 
 
 def _scale(key: tuple[str, str], truth: Outcome) -> float:
-    """1, but for the gradient of a bias that is only rounding: a bias before a batch norm changes nothing, so its true
-    gradient is 0. Such an error is taken relative to the gradient of the weight beside it."""
+    """What an error relative to the tensor itself is multiplied by, where that is not the size that counts: 1 but for
+
+    - a bias before a batch norm: it changes nothing, so its true gradient is 0 and what there is of it is rounding;
+      measured by the gradient of the weight beside it;
+    - a running mean near 0, which is a sum whose terms cancel: measured by the standard deviation.
+    """
     kind, name = key
-    weight = truth.get((kind, name.removesuffix("bias") + "weight")) if name.endswith("bias") else None
-    if kind != "gradient" or weight is None:
+    if kind == "gradient" and name.endswith("bias"):
+        weight = truth.get((kind, name.removesuffix("bias") + "weight"))
+        size = 0.0 if weight is None else float(weight.norm())
+        smallest = 1e-9 * size
+    elif kind == "buffer" and name.endswith("running_mean"):
+        var = truth.get((kind, name.removesuffix("mean") + "var"))
+        size = smallest = 0.0 if var is None else float(var.sqrt().norm())
+    else:
         return 1.0
-    own, beside = float(truth[key].norm()), float(weight.norm())
-    return (own or 1.0) / beside if own < 1e-9 * beside else 1.0
+    own = float(truth[key].norm())
+    return (own or 1.0) / size if own < smallest else 1.0
 
 
 def _top1(name: str, truth: Tensor, eager: Tensor, fused: Tensor, allowed: float) -> Row:

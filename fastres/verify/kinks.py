@@ -1,8 +1,8 @@
-"""Inputs at which a gradient is well defined in fp32.
+"""Inputs at which a gradient is well defined in float32.
 
 ReLU and max-pooling have kinks. Where rounding puts a value on the other side of one, the gradient jumps, in eager as
 in fused code: one such value in a million changes a gradient by 1e-3, a thousand times its rounding error. So before
-gradients of a single block are compared, the pixels of its input that lead to such values are moved a little.
+gradients of a site are compared, the few pixels of its input that lead to such values are moved a little.
 """
 
 from __future__ import annotations
