@@ -7,47 +7,90 @@
 namespace fastres {
 namespace {
 
-constexpr int64_t kWhole = 4096;  // tensors up to this many values are read whole
+constexpr int64_t kWhole = 1 << 16;  // tensors of up to this many bytes are read whole
 
-uint64_t mix(uint64_t hash, uint64_t value) {  // FNV-1a on 64-bit words, with a shift so that high bits come down
-  hash = (hash ^ value) * 0x100000001b3ull;
-  return hash ^ (hash >> 29);
+// FNV-1a on 64-bit words, in four lanes so that the multiplications overlap.
+class Hash {
+ public:
+  void add(uint64_t word) {
+    lanes_[next_] = mix(lanes_[next_], word);
+    next_ = (next_ + 1) & 3;
+  }
+  void add_memory(const char* data, int64_t bytes) {
+    uint64_t words[4];
+    for (; bytes >= 32; data += 32, bytes -= 32) {
+      std::memcpy(words, data, 32);
+      for (int lane = 0; lane < 4; ++lane) lanes_[lane] = mix(lanes_[lane], words[lane]);
+    }
+    std::memset(words, 0, 32);
+    std::memcpy(words, data, bytes);
+    for (int lane = 0; lane < 4; ++lane) lanes_[lane] = mix(lanes_[lane], words[lane]);
+  }
+  uint64_t value() const {
+    uint64_t hash = lanes_[0];
+    for (int lane = 1; lane < 4; ++lane) hash = mix(hash, lanes_[lane]);
+    return hash;
+  }
+
+ private:
+  static uint64_t mix(uint64_t hash, uint64_t word) {  // the shift brings high bits down, where the product cannot
+    hash = (hash ^ word) * 0x100000001b3ull;
+    return hash ^ (hash >> 29);
+  }
+  uint64_t lanes_[4] = {0xcbf29ce484222325ull, 1, 2, 3};
+  int next_ = 0;
+};
+
+// Whether the values lie without gaps, in whatever order of dimensions.
+bool gapless(const Tensor& t) {
+  int64_t span = 1;
+  for (int64_t d = 0; d < t.dim(); ++d) span += (t.size(d) - 1) * t.stride(d);
+  return span == t.numel();
 }
 
-uint64_t value_bits(const char* data, int64_t offset, int64_t size) {
-  uint64_t bits = 0;
-  std::memcpy(&bits, data + offset * size, size);
-  return bits;
+// One value of each output channel and each input channel at least, at taps in turn.
+void add_samples(const Tensor& t, Hash* hash) {
+  const char* data = static_cast<const char*>(t.const_data_ptr());
+  const int64_t size = static_cast<int64_t>(t.element_size());
+  const int64_t dims = t.dim();
+  STD_TORCH_CHECK(dims <= 8 && size <= 8, "unsupported tensor");
+  int64_t sizes[8], strides[8], longest = 0, place[8] = {};
+  for (int64_t d = 0; d < dims; ++d) {
+    sizes[d] = t.size(d);
+    strides[d] = t.stride(d);
+    longest = sizes[d] > longest ? sizes[d] : longest;
+  }
+  for (int64_t i = 0; i < longest; ++i) {
+    int64_t offset = 0;
+    bool step =
+        true;  // all dimensions step at once, but the last only when the one before it wraps: so all taps are met
+    for (int64_t d = 0; d < dims; ++d) {
+      offset += place[d] * strides[d];
+      if (d == dims - 1 && !step) continue;
+      step = ++place[d] == sizes[d] || d < dims - 2;
+      if (place[d] == sizes[d]) place[d] = 0;
+    }
+    uint64_t bits = 0;
+    std::memcpy(&bits, data + offset * size, size);
+    hash->add(bits);
+  }
 }
 
 int64_t fingerprint(const std::vector<Tensor>& tensors) {
-  uint64_t hash = 0xcbf29ce484222325ull;
+  Hash hash;
   for (const Tensor& t : tensors) {
     const char* data = static_cast<const char*>(t.const_data_ptr());
-    const int64_t size = static_cast<int64_t>(t.element_size());
-    hash = mix(hash, reinterpret_cast<uintptr_t>(data));
-    hash = mix(hash, static_cast<uint64_t>(t.numel()));
-    STD_TORCH_CHECK(size <= 8, "unsupported element size");
-    const int64_t dims = t.dim();
-    if (t.numel() == 0) continue;
-    if (dims != 4) {
-      const int64_t step = dims == 1 ? t.stride(0) : 1, count = dims == 1 ? t.size(0) : 1;
-      for (int64_t i = 0; i < count; ++i) hash = mix(hash, value_bits(data, i * step, size));
-      continue;
-    }
-    const int64_t k = t.size(0), c = t.size(1), r = t.size(2), s = t.size(3);
-    const int64_t samples = t.numel() <= kWhole ? t.numel() : (k > c ? k : c);
-    for (int64_t i = 0; i < samples; ++i) {
-      // Small tensors: all places in order. Large ones: channel i of both kinds, taps in turn.
-      const bool whole = samples == t.numel();
-      const int64_t out = whole ? i / (c * r * s) : i % k, in = whole ? i / (r * s) % c : i % c;
-      const int64_t tap = i % (r * s);
-      hash = mix(
-          hash,
-          value_bits(data, out * t.stride(0) + in * t.stride(1) + tap / s * t.stride(2) + tap % s * t.stride(3), size));
+    const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
+    hash.add(reinterpret_cast<uintptr_t>(data));
+    hash.add(static_cast<uint64_t>(bytes));
+    if (bytes == 0) continue;
+    if (bytes <= kWhole && gapless(t)) {
+      hash.add_memory(data, bytes);
+    } else {
+      add_samples(t, &hash);
     }
   }
-  return static_cast<int64_t>(hash);
+  return static_cast<int64_t>(hash.value());
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastres.verify.run import Call, run
 
 #: Distance from a kink that no rounding of a few fp32 layers bridges, relative to the layer's root mean square.
-MARGIN = 2.0**-17
+MARGIN = 2.0**-15
 #: How far a pixel is moved, relative to the root mean square of the input.
 STEP = 2.0**-6
 ROUNDS = 12
