@@ -74,7 +74,7 @@ def test_imports_run_downwards():
 def test_import_is_lean():
     code = (
         "import sys, fastres, torch\n"
-        "heavy = ('triton', 'torchvision', 'timm', 'matplotlib', 'sklearn', 'PIL', 'rich', 'transformers', 'onnx', 'scipy')\n"
+        "heavy = ('triton', 'torchvision', 'timm', 'matplotlib', 'sklearn', 'PIL', 'rich', 'onnx', 'scipy')\n"
         "loaded = [name for name in heavy if name in sys.modules]\n"
         "assert not loaded, loaded\n"
         "assert not torch.cuda.is_initialized()\n"

@@ -18,7 +18,7 @@ from fastres.verify.run import Call, run
 #: Distance from a kink that no rounding of a few fp32 layers bridges, relative to the layer's root mean square.
 MARGIN = 2.0**-15
 #: How far a pixel is moved, relative to the root mean square of the input.
-STEP = 2.0**-6
+STEP = 2.0**-10
 ROUNDS = 12
 
 
