@@ -14,6 +14,7 @@ from fastres.explain import explain
 from fastres.fuse import disabled, fuse_, refresh_, unfuse_
 from fastres.kernels.table import use_kernels
 from fastres.report import ExplainReport, FuseReport
+from fastres.verify import verify
 
 __version__ = "0.1.0"
 
@@ -30,4 +31,5 @@ __all__ = [
     "refresh_",
     "unfuse_",
     "use_kernels",
+    "verify",
 ]

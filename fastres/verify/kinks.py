@@ -17,7 +17,8 @@ from fastres.verify.run import Call, run
 
 #: Distance from a kink that no rounding of a few fp32 layers bridges, relative to the layer's root mean square.
 MARGIN = 2.0**-15
-#: How far a pixel is moved, relative to the root mean square of the input.
+#: How far a pixel is moved, relative to the root mean square of the input: far enough, and so little that the batch
+#: statistics stay what they are and push no other value near a kink.
 STEP = 2.0**-10
 ROUNDS = 12
 
@@ -29,7 +30,7 @@ def avoid(oracle: nn.Module, call: Call, seed: int) -> tuple[Call, int]:
         oracle: the block in plain float64. call: its arguments in fp32; not written to.
 
     Returns:
-        The moved arguments, and how many values were still near a kink at the end (0 but for odd cases).
+        The moved arguments, and how many values are still near a kink (0, or a few whose batch statistics moved).
     """
     x = next((t for _, t in call.tensors() if t.dim() == 4), None)
     if x is None or x.numel() == 0:
