@@ -235,11 +235,11 @@ def main() -> None:
     python = environment()
     install(python, EXTRAS[name])
     os.chdir(ROOT)
-    todo = commands(name, python, arguments)
-    if len(todo) == 1:
-        os.execv(python, todo[0])
+    steps = commands(name, python, arguments)
+    if len(steps) == 1:
+        os.execv(python, steps[0])
     results = []
-    for command in todo:
+    for command in steps:
         say(" ".join(Path(part).name if part == command[0] else part for part in command[:5]))
         results.append(run(*command).returncode)
     sys.exit(max(results, key=abs))
