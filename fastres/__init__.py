@@ -13,6 +13,7 @@ from fastres import ops as _ops  # noqa: F401  registers torch.ops.fastres
 from fastres.explain import explain
 from fastres.fuse import disabled, fuse_, refresh_, unfuse_
 from fastres.kernels.table import use_kernels
+from fastres.memory import cached_bytes, empty_cache
 from fastres.report import ExplainReport, FuseReport
 from fastres.verify import verify
 
@@ -21,8 +22,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ExplainReport",
     "FuseReport",
+    "cached_bytes",
     "config",
     "disabled",
+    "empty_cache",
     "explain",
     "functional",
     "fuse_",

@@ -3,6 +3,7 @@ stale."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,22 +11,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres import config, functional
-from fastres.kernels import extension, onednn, table
+from fastres import config, functional, reference
+from fastres.kernels import convolution, extension, table
 from fastres.ops import registration
 
 Geometry = tuple[list[int], list[int], list[int], int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Entry:
-    """Folded weights of one convolution, and what they were made from."""
+    """Folded and packed weights of one convolution, and what they were made from."""
 
-    weight: Tensor | None  # packed; None if folding would overflow, and batch norm has to run by itself
-    bias: Tensor
-    order: torch.memory_format  # channels_last if the plain weight is: the layout the input is then put into
+    run: Callable[[Tensor, Tensor | None, bool], Tensor] | None  # None if batch norm has to run by itself
     made_from: tuple[Any, ...]
     tensors: tuple[Tensor, ...]  # held, so that no other tensor can get one of their ids
+    plan: Any  # kernel and method the weights are packed for
+    inputs: tuple[Any, ...]  # the last inputs that had this plan
 
 
 # A module's entry goes with the module. Copies and pickles of a model carry no folded weights.
@@ -44,9 +45,11 @@ def geometry(conv: nn.Conv2d) -> Geometry:
     return [*conv.stride], [*conv.padding], [*conv.dilation], conv.groups
 
 
-def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, torch.memory_format] | None:
-    """Weight and bias for conv_bias_act, and the layout of its input; None where they cannot be kept or must not be
-    folded.
+def folded(
+    conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor
+) -> Callable[[Tensor, Tensor | None, bool], Tensor] | None:
+    """run(x, residual, relu): the convolution with `bn` folded in (if given) and packed weights; None where they
+    cannot be kept or must not be folded.
 
     Kept under three witnesses: identity and version counter of every tensor, and a fingerprint of the values, because
     writes through `.data` and to inference tensors move no counter. The fingerprint reads batch norm's tensors whole,
@@ -57,27 +60,58 @@ def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tens
         return None
     if x.device.type != "cpu" or not extension.available() or x.dtype is torch.float64 or not x.numel():
         return None
-    if not any(kernel.name == "cpu" for kernel in table.kernels("conv_bias_act", "cpu")):
-        return None
-    sources = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    sources: tuple[Tensor | None, ...] = (conv.weight, conv.bias)
+    if bn is not None:
+        sources += (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     tensors = [t for t in sources if t is not None]
     versions = tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)
-    made_from = (versions, torch.ops.fastres_cpu.fingerprint.default(tensors), bn.eps, x.dtype)
+    made_from = (
+        versions,
+        torch.ops.fastres_cpu.fingerprint.default(tensors),
+        None if bn is None else bn.eps,
+        x.dtype,
+        (conv.stride, conv.padding, conv.dilation, conv.groups),
+    )
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    inputs = (x.shape, channels_last, config.winograd, table.setting())
     entry = _entries.get(conv)
     if entry is None or entry.made_from != made_from:
-        entry = _entries[conv] = _fold(conv, bn, x, tensors, made_from)
-    return None if entry.weight is None else (entry.weight, entry.bias, entry.order)
+        entry = _entries[conv] = _fold(conv, bn, x, tensors, made_from, inputs)
+    elif entry.inputs != inputs:
+        if entry.plan == _plan(conv, x):
+            entry.inputs = inputs
+        else:
+            entry = _entries[conv] = _fold(conv, bn, x, tensors, made_from, inputs)
+    return entry.run
+
+
+def _plan(conv: nn.Conv2d, x: Tensor) -> tuple[Any, ...] | None:
+    """Kernel, method and layout for inputs like x; None if no kernel keeps packed weights."""
+    where = geometry(conv)
+    for kernel in table.kernels("conv_bias_act", "cpu"):
+        if kernel.unavailable() is None and kernel.why_not(x, conv.weight, None, None, *where) is None:
+            if kernel.prepare is None:
+                return None
+            return kernel.prepare, convolution.method(x, conv.weight, *where), reference.conv_format(x, conv.weight)
+    return None
 
 
 @torch.no_grad()
-def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, tensors: list[Tensor], made_from: tuple[Any, ...]) -> _Entry:
-    assert bn.running_mean is not None and bn.running_var is not None
-    weight, bias = functional.fold(conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-    dtype = onednn.compute_dtype(x.dtype)
-    weight, bias = weight.to(dtype), bias.to(dtype)
-    packed = None
-    if bool(weight.isfinite().all()) and bool(bias.isfinite().all()):
-        packed = onednn.pack(weight, x.shape, *geometry(conv))
-    channels_last = conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous()
-    order = torch.channels_last if channels_last else torch.contiguous_format
-    return _Entry(packed, bias, order, made_from, tuple(tensors))
+def _fold(
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d | None,
+    x: Tensor,
+    tensors: list[Tensor],
+    made_from: tuple[Any, ...],
+    inputs: tuple[Any, ...],
+) -> _Entry:
+    plan = _plan(conv, x)
+    run = None
+    if plan is not None:
+        weight, bias = conv.weight, conv.bias
+        if bn is not None:
+            assert bn.running_mean is not None and bn.running_var is not None
+            weight, bias = functional.fold(weight, bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+        if bool(weight.isfinite().all()) and (bias is None or bool(bias.isfinite().all())):
+            run = plan[0](x, weight.contiguous(memory_format=plan[2]), bias, *geometry(conv))
+    return _Entry(run, made_from, tuple(tensors), plan, inputs)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fastres import folding, functional
-from fastres import ops as _ops
 from fastres.kernels import table
 from fastres.ops import registration
 
@@ -210,6 +209,29 @@ def bn_act_maxpool(bn: nn.BatchNorm2d, pool: Any, x: Tensor, *, act: str) -> Ten
     )
 
 
+def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x): in inference with packed weights, else conv_bias_act; the module itself where that is not legal."""
+    if _input_blocked(x) or _children_blocked(x, {"conv": conv}) or x.dtype is torch.float64:
+        return conv(x)
+    geometry = folding.geometry(conv)
+    functional.check_convolution(x, conv.weight, conv.bias, geometry)
+    if not _wants_gradient(x, conv.weight, conv.bias):
+        run = folding.folded(conv, None, x)
+        if run is not None:
+            return run(x, None, False)
+    stride, padding, dilation, groups = geometry
+    return functional.conv_bias_act(
+        x,
+        conv.weight,
+        conv.bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        act="identity",
+    )
+
+
 def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None = None) -> Tensor:
     """act(bn(conv(x)) + residual): in inference one convolution with folded, packed weights, else conv_bn_act."""
     geometry = folding.geometry(conv)
@@ -218,12 +240,14 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, *, act: str, res
     )  # its errors come before the batch is counted
     if residual is not None and not _fits(residual, shape, x):
         return _add_separately(conv_bn_act(conv, bn, x, act="identity"), residual, act)
-    if not bn.training and bn.running_mean is not None and not _wants_gradient(conv, bn, x, residual):
-        folded = folding.folded(conv, bn, x)
-        if folded is not None:
-            weight, bias, order = folded
-            x = x.contiguous(memory_format=order) if order is torch.channels_last else x
-            return _ops.conv_bias_act.op(x, weight, bias, residual, *geometry, act == "relu")
+    if (
+        not bn.training
+        and bn.running_mean is not None
+        and not _wants_gradient(conv.weight, conv.bias, bn.weight, bn.bias, x, residual)
+    ):
+        run = folding.folded(conv, bn, x)
+        if run is not None:
+            return run(x, residual, act == "relu")
     training, momentum, counter = _tracked(bn)
     return functional.conv_bn_act(
         x,
@@ -258,8 +282,5 @@ def _add_separately(y: Tensor, residual: Any, act: str) -> Tensor:
     return y.relu() if act == "relu" else y
 
 
-def _wants_gradient(conv: nn.Conv2d, bn: nn.BatchNorm2d, *tensors: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    used = (conv.weight, conv.bias, bn.weight, bn.bias, *tensors)
-    return any(t is not None and t.requires_grad for t in used)
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

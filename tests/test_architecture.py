@@ -21,7 +21,7 @@ LAYERS = (
     ("errors", "config", "layout", "reference"),
     ("kernels",),
     ("ops",),
-    ("functional",),
+    ("functional", "memory"),
     ("folding",),
     ("report", "sites"),
     ("nn", "recipes", "models", "fuse", "explain", "images", "testing"),

@@ -23,9 +23,10 @@ def infer(model, x):
         return model.eval()(x)
 
 
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_change(change):
-    eager, x = network(), image(3, size=32)
+def test_change(change, order):
+    eager, x = network(), image(3, size=32, order=order)
     fused = copy.deepcopy(eager)
     fastres.fuse_(fused)
     before = infer(fused, x)
@@ -39,6 +40,33 @@ def test_change(change):
             got = infer(fused, x)
         assert_path(seen, "fast")
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("winograd", [True, False])
+def test_packed_for_another_method(winograd, monkeypatch):
+    """config.winograd, the size of the image and the layout change how weights are packed, at any time."""
+    eager = network()
+    fused = copy.deepcopy(eager)
+    fastres.fuse_(fused)
+    for size, order in ((32, torch.channels_last), (8, torch.channels_last), (32, torch.contiguous_format)) * 2:
+        x = image(3, size=size, order=order)
+        for value in (winograd, not winograd, winograd):
+            monkeypatch.setattr(fastres.config, "winograd", value)
+            torch.testing.assert_close(infer(fused, x), infer(eager, x), rtol=1e-4, atol=1e-4)
+
+
+def test_change_of_the_stems_convolution():
+    """Its weights are packed without a batch norm."""
+    eager, x = network(), image(3, size=32)
+    fused = copy.deepcopy(eager)
+    fastres.fuse_(fused)
+    before = infer(fused, x)
+    assert kept(fused.conv1) is not None
+    for model in (eager, fused):
+        model.conv1.weight.data[5].neg_()
+    want = infer(eager, x)
+    assert not torch.allclose(before, want, rtol=1e-3)
+    torch.testing.assert_close(infer(fused, x), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", ["sgd_foreach", "ema_lerp", "data_one_output_channel", "eps"])

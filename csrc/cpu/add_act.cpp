@@ -1,6 +1,7 @@
 // fastres_cpu::add_act and its backward: parallel loops over the kernels of add_act.h.
 #include "add_act.h"
 
+#include "buffers.h"
 #include "common.h"
 
 namespace fastres {
@@ -16,7 +17,7 @@ void check_pair(const Tensor& a, const Tensor& b) {
 
 Tensor add_act(const Tensor& x, const Tensor& residual, bool relu) {
   check_pair(x, residual);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = cached_empty_like(x);
   const AddActKernels& kernels = add_act_kernels(dtype_index(x));
   const void *a = x.const_data_ptr(), *b = residual.const_data_ptr();
   void* out = y.mutable_data_ptr();
@@ -27,7 +28,7 @@ Tensor add_act(const Tensor& x, const Tensor& residual, bool relu) {
 
 Tensor add_act_backward(const Tensor& grad_y, const Tensor& y) {
   check_pair(grad_y, y);
-  Tensor grad = torch::stable::empty_like(y);
+  Tensor grad = cached_empty_like(y);
   const AddActKernels& kernels = add_act_kernels(dtype_index(y));
   const void *g = grad_y.const_data_ptr(), *active = y.const_data_ptr();
   void* out = grad.mutable_data_ptr();

@@ -5,7 +5,7 @@ void add_forward(const void* a, const void* b, void* y, bool relu, int64_t begin
   const vf floor = splat(relu ? 0.0f : -__builtin_inff());
   for_each_vector(end - begin, [&](int64_t i, auto n) {
     const vf z = load(static_cast<const T*>(a) + begin + i, n) + load(static_cast<const T*>(b) + begin + i, n);
-    store(static_cast<T*>(y) + begin + i, select(z < floor, floor, z), n);  // NaN < 0 is false: NaN stays
+    store(static_cast<T*>(y) + begin + i, at_least(floor, z), n);  // NaN < 0 is false: NaN stays
   });
 }
 

@@ -1,6 +1,7 @@
 // fastres_cpu::bn_act and its backward: checks, allocation, parallel loops over the kernels of bn_act.h.
 #include "bn_act.h"
 
+#include "buffers.h"
 #include "common.h"
 #include "storage.h"
 
@@ -62,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act(const Tensor& x, const Optiona
   check_dense(x, channels_last, "x");
   const int64_t channels = x.size(1);
   BnAct args = describe(x, channels_last, relu);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = cached_empty_like(x);
   Tensor mean = empty_of(x, channels, ScalarType::Double), var = empty_of(x, channels, ScalarType::Double);
   double* mean_data = static_cast<double*>(mean.mutable_data_ptr());
   double* var_data = static_cast<double*>(var.mutable_data_ptr());
@@ -112,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y,
   const BnActKernels& kernels = bn_act_kernels(dtype_index(x), channels_last);
   // Only a masked gradient differs from grad_y and has to be stored for the residual.
   const bool store_gradient = need_residual && mask.has_value();
-  Tensor grad_residual = store_gradient ? torch::stable::empty_like(x) : empty_of(x, 0, x.scalar_type());
+  Tensor grad_residual = store_gradient ? cached_empty_like(x) : empty_of(x, 0, x.scalar_type());
   if (store_gradient) args.grad_residual = grad_residual.mutable_data_ptr();
   Tensor grad_weight = empty_of(x, need_affine ? channels : 0, ScalarType::Float);
   Tensor grad_bias = empty_of(x, need_affine ? channels : 0, ScalarType::Float);
@@ -124,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y,
                              need_affine ? static_cast<float*>(grad_weight.mutable_data_ptr()) : nullptr,
                              need_affine ? static_cast<float*>(grad_bias.mutable_data_ptr()) : nullptr);
   }
-  Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty_of(x, 0, x.scalar_type());
+  Tensor grad_x = need_x ? cached_empty_like(x) : empty_of(x, 0, x.scalar_type());
   if (need_x) {
     if (store_gradient) {  // already masked: read it instead of grad_y and the mask
       args.grad_y = grad_residual.const_data_ptr();

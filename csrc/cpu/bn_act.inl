@@ -82,7 +82,7 @@ void apply_runs(const BnAct& p, int64_t begin, int64_t end) {
         z += load(residual + i, n);
         if (mask) store_bits(mask, i, ~(z <= 0.0f), n);
       }
-      store(y + i, select(z < floor, floor, z), n);  // NaN < 0 is false: NaN stays
+      store(y + i, at_least(floor, z), n);  // NaN < 0 is false: NaN stays
     });
   }
 }

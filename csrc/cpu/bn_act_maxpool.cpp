@@ -1,5 +1,6 @@
 // fastres_cpu::bn_act_maxpool and its backward: parallel loops over the pooling kernels of bn_act.h.
 #include "bn_act.h"
+#include "buffers.h"
 #include "common.h"
 
 #include <cstring>
@@ -33,12 +34,9 @@ BnActPool describe(const Tensor& x, int64_t kernel, int64_t stride, int64_t padd
   return args;
 }
 
-// The pooled tensor in the layout of x, of the given dtype.
-Tensor empty_pooled(const Tensor& x, const BnActPool& args, ScalarType dtype, bool channels_last) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::empty({args.images, args.channels, args.out_height, args.out_width}, dtype, std::nullopt,
-                              x.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+// The pooled tensor, of the given dtype.
+Tensor empty_pooled(const BnActPool& args, ScalarType dtype, bool channels_last) {
+  return cached_empty(args.images, args.channels, args.out_height, args.out_width, dtype, channels_last);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_maxpool(const Tensor& x, const OptionalTensor& weight,
@@ -60,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_maxpool(const Tensor& x, const
     std::memcpy(mean_data, doubles(*running_mean, channels, "running_mean"), channels * sizeof(double));
     std::memcpy(var_data, doubles(*running_var, channels, "running_var"), channels * sizeof(double));
   }
-  Tensor y = empty_pooled(x, args, x.scalar_type(), channels_last);
-  Tensor index = empty_pooled(x, args, ScalarType::Byte, channels_last);
+  Tensor y = empty_pooled(args, x.scalar_type(), channels_last);
+  Tensor index = empty_pooled(args, ScalarType::Byte, channels_last);
   args.y = y.mutable_data_ptr();
   args.index = static_cast<uint8_t*>(index.mutable_data_ptr());
   Parameters parameters(channels, mean_data, var_data, floats(weight, channels, "weight"),
@@ -109,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_backward(const Tensor& grad_y,
                              need_affine ? static_cast<float*>(grad_weight.mutable_data_ptr()) : nullptr,
                              need_affine ? static_cast<float*>(grad_bias.mutable_data_ptr()) : nullptr);
   }
-  Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty_of(x, 0, x.scalar_type());
+  Tensor grad_x = need_x ? cached_empty_like(x) : empty_of(x, 0, x.scalar_type());
   if (need_x) {
     args.y = grad_x.mutable_data_ptr();
     const int64_t runs = channels_last ? shape.count() : shape.images * channels;

@@ -11,9 +11,20 @@ typedef uint8_t vb __attribute__((vector_size(W)));
 #define FASTRES_INLINE static inline __attribute__((always_inline))
 #define FASTRES_INLINE_MEMBER inline __attribute__((always_inline))
 
-FASTRES_INLINE vf splat(float s) { return vf{} + s; }
+FASTRES_INLINE vf splat(float s) { return s - vf{}; }  // minus: 0 + s would be an addition, because of -0
 FASTRES_INLINE vi splat(int32_t s) { return vi{} + s; }
 FASTRES_INLINE vf select(vi condition, vf a, vf b) { return (vf)(((vi)a & condition) | ((vi)b & ~condition)); }
+
+// max(z, floor), and NaN where z is NaN: the processors' maximum gives its second operand then.
+FASTRES_INLINE vf at_least(vf floor, vf z) {
+#if FASTRES_LEVEL >= 2
+  return (vf)_mm512_max_ps((__m512)floor, (__m512)z);
+#elif FASTRES_LEVEL == 1
+  return (vf)_mm256_max_ps((__m256)floor, (__m256)z);
+#else
+  return select(z < floor, floor, z);
+#endif
+}
 
 FASTRES_INLINE vf load(const float* p) {
   vf v;

@@ -79,6 +79,7 @@ def logits_error(logits: np.ndarray, task: Task) -> dict[str, float]:
 
 class Eager(Contender):
     title = "eager"
+    modes = ("infer",)  # in training its slower layout would cost a minute and tell nothing
     layout = torch.contiguous_format
     compute_dtype: torch.dtype | None = None  # the task's own
 
@@ -157,6 +158,7 @@ class Eager(Contender):
 
 class ChannelsLast(Eager):
     title = "eager channels_last"
+    modes = ("infer", "train")
     layout = torch.channels_last
 
 
@@ -188,6 +190,7 @@ class Reference(Eager):
     """Float64, to compare the others with. Its process also writes the exported forms that other runtimes read."""
 
     title = "float64"
+    modes = ("infer", "train")
     compute_dtype = torch.float64
 
     def after_setup(self) -> dict[str, Any]:

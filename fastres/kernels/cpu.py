@@ -5,13 +5,14 @@ They take fp32, bf16 and fp16 activations, dense in NCHW or NHWC order, fp32 wei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastres import layout, reference
-from fastres.kernels import extension
+from fastres import layout
+from fastres.kernels import convolution, extension
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -133,8 +134,7 @@ def conv_bn_act(
     groups: int,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    raw = torch.ops.aten.convolution(x, conv_weight, conv_bias, stride, padding, dilation, False, [0, 0], groups)
-    raw = layout.in_format(raw, reference.conv_format(x, conv_weight))
+    raw = convolution.convolve(x, conv_weight, conv_bias, (stride, padding, dilation, groups))
     y, mean, var, mask = bn_act(raw, weight, bias, mean, var, residual, *options)
     return y, raw, mean, var, mask
 
@@ -162,14 +162,12 @@ def conv_bn_act_backward(
     need_affine: bool,
     need_residual: bool,
 ) -> tuple[Tensor, ...]:
-    needed = [need_x, need_conv_weight, need_conv_bias]
+    needed = (need_x, need_conv_weight, need_conv_bias)
     grad_raw, grad_weight, grad_bias, grad_residual = bn_act_backward(
         grad_y, raw, weight, bias, mean, var, mask, training, eps, relu, any(needed), need_affine, need_residual
     )
-    grads: tuple[Tensor | None, ...] = (None, None, None)
+    grads: Sequence[Tensor | None] = (None, None, None)
     if any(needed):
-        bias_sizes = [conv_weight.shape[0]] if need_conv_bias else None
-        grads = torch.ops.aten.convolution_backward(
-            grad_raw, x, conv_weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, needed
-        )
+        geometry = (stride, padding, dilation, groups)
+        grads = convolution.convolve_backward(grad_raw, x, conv_weight, need_conv_bias, geometry, needed)
     return (*(x.new_empty(0) if g is None else g for g in grads), grad_weight, grad_bias, grad_residual)

@@ -1,11 +1,12 @@
 """conv_bias_act on CPU: oneDNN's convolution with bias and residual in its epilogue, reached through ATen.
 
-The weight may be packed (`pack`): oneDNN's own blocked order, which a plain weight is put into on every call. Where
+The weight may be packed (`prepare`): oneDNN's own blocked order, which a plain weight is put into on every call. Where
 oneDNN has no bf16 or fp16 convolution on this processor, the activation is converted and the convolution runs in fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -37,12 +38,27 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def pack(
-    weight: Tensor, input_shape: torch.Size, stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> Tensor:
-    """`weight` [K, C/groups, R, S] in oneDNN's order for inputs of about this shape (right for all)."""
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Callable[[Tensor, Tensor | None, bool], Tensor]:
+    """Puts `weight` into oneDNN's order for inputs of about x's shape (right for all). Returns run(x, residual,
+    relu)."""
+    geometry, order = (stride, padding, dilation, groups), reference.conv_format(x, weight)
+    dtype = compute_dtype(x.dtype)
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the last argument
-    return reorder(weight.to_mkldnn(), list(padding), list(stride), list(dilation), groups, list(input_shape))
+    packed = reorder(weight.to(dtype).to_mkldnn(), padding, stride, dilation, groups, list(x.shape))
+    bias = None if bias is None else bias.to(dtype)
+
+    def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        return conv_bias_act(x.contiguous(memory_format=order), packed, bias, residual, *geometry, relu)
+
+    return run
 
 
 def conv_bias_act(

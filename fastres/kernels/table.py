@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastres import reference
-from fastres.kernels import cpu, onednn
+from fastres.kernels import convolution, cpu, onednn
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,18 @@ class Kernel:
     """One implementation of an op.
 
     Attributes:
-        name: "reference", "cpu", ...
+        name: "reference", "cpu", "onednn", ...
         run: takes the arguments of the raw op.
         unavailable: why it cannot run in this process at all, or None.
         why_not: why it does not serve a call with these arguments, or None.
+        prepare: conv_bias_act only: packs a weight once, prepare(x, weight, bias, *geometry) -> run(x, residual, relu).
     """
 
     name: str
     run: Callable[..., Any]
     unavailable: Callable[[], str | None]
     why_not: Callable[..., str | None]
+    prepare: Callable[..., Callable[..., Any]] | None = None
 
 
 def _reference(op: str) -> Kernel:
@@ -61,7 +63,8 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         _reference("conv_bn_act_backward"),
     ],
     ("conv_bias_act", "cpu"): [
-        Kernel("cpu", onednn.conv_bias_act, onednn.unavailable, onednn.why_not),
+        Kernel("cpu", convolution.conv_bias_act, convolution.unavailable, convolution.why_not, convolution.prepare),
+        Kernel("onednn", onednn.conv_bias_act, onednn.unavailable, onednn.why_not, onednn.prepare),
         _reference("conv_bias_act"),
     ],
 }
@@ -94,6 +97,11 @@ def select(op: str, args: tuple[Any, ...]) -> Kernel:
     raise RuntimeError(f"fastres::{op}: no kernel may serve this call ({what})")
 
 
+def setting() -> tuple[str, ...] | None:
+    """The forced kernels, or None."""
+    return _forced
+
+
 def no_fused_kernel(op: str, device_type: str) -> str | None:
     """Why `op` has nothing better than the reference on this device type, or None. A forced reference counts as a
     choice."""
@@ -109,7 +117,7 @@ def use_kernels(*names: str) -> Iterator[None]:
     """Only the named kernels serve inside the `with` block, in the whole process: for tests and benchmarks.
 
     Args:
-        names: "reference", "cpu"; in the table's order of preference, whatever the order here.
+        names: "reference", "cpu", "onednn"; in the table's order of preference, whatever the order here.
 
     Raises:
         ValueError: for a name that no kernel has.

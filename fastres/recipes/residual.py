@@ -102,7 +102,7 @@ class StemForward(FusedModule):
 
     def _forward_impl(self: Any, x: Tensor) -> Tensor:
         # The input's dtype may be changed by conv1 (autocast): what counts is what batch norm gets.
-        x = self.conv1(x)
+        x = sites.convolution(self.conv1, x)
         if sites.blocked(self, x, bn1=self.bn1, relu=self.relu, maxpool=self.maxpool) is None:
             x = sites.bn_act_maxpool(self.bn1, self.maxpool, x, act="relu")
         else:

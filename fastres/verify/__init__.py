@@ -11,6 +11,7 @@ relative to the standard deviation, if that is larger). What is compared:
 
 The budget of a fused value is twice eager's error, and at least a few roundings u of the dtype it is stored in, where
 luck decides: 16 u in float32 (9.5e-7; running statistics 4 u, 2.4e-7), 4 u in bfloat16 (1.6e-2) and float16 (2.0e-3).
+Where Winograd convolutions may serve (float32 on a CPU, unless `fastres.config.winograd` is False) it is 5e-6 at least.
 Counters, and statistics in eval mode, have to be exact. The float32 output of the whole model in eval mode may be off
 by 1e-5, or by twice eager's error if eager itself is beyond that.
 

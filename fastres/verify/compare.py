@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import sites
+from fastres import config, sites
 from fastres.errors import UserError
 from fastres.fuse import fuse_, unfuse_
+from fastres.kernels import extension
 from fastres.recipes.residual import StemForward, _shortcut
 from fastres.testing import budget, relative_error
 from fastres.verify import kinks
@@ -162,7 +163,9 @@ class Comparison:
         if (site, kind, self.training, self.dtype) == (MODEL, "output", False, torch.float32) and eager_error <= LOGITS:
             return LOGITS
         # fp32 sums in another order are several roundings off: eager's own convolution from one layout to the other.
-        limit = budget(eager_error, eager.dtype, summed=eager.dtype is torch.float32 and kind != "buffer")
+        summed = eager.dtype is torch.float32 and kind != "buffer"
+        winograd = summed and eager.device.type == "cpu" and config.winograd and extension.available()
+        limit = budget(eager_error, eager.dtype, summed=summed, winograd=winograd)
         return max(limit, KINK) if site == MODEL and kind in _GRADIENTS else limit
 
 

@@ -1,0 +1,88 @@
+// Convolution of NHWC fp32 activations with packed weights, (+ bias) (+ residual) (+ ReLU) in the epilogue, on raw pointers.
+//
+// Two methods share one register tile (conv_tile.inl): kTileRows output pixels x some vectors of output channels, one input
+// channel after the other. Packed weights lie in panels of `panel` output channels, in the order in which the tile reads them.
+#pragma once
+
+#include <cstdint>
+
+namespace fastres {
+
+// Where the values of a weight [K, C, R, S] lie: data[k * stride_k + c * stride_c + r * stride_r + s * stride_s].
+// The data gradient reads the same weight with K and C exchanged and the kernel turned by 180 degrees (negative strides).
+struct WeightView {
+  const float* data;
+  int64_t out_channels, in_channels, height, width;
+  int64_t stride_k, stride_c, stride_r, stride_s;
+};
+
+// What is done with the sums before they are stored. Null: nothing.
+struct Epilogue {
+  const float* bias;      // padded to whole vectors
+  const float* residual;  // like y
+  bool relu;
+};
+
+// Implicit matrix product: y[pixel] = sum over taps t of x[pixel moved by t] * weight[t].
+struct GemmConv {
+  // The grid of output pixels that are computed: images x grid_height x grid_width.
+  int64_t images, grid_height, grid_width;
+  // Output (i, j) reads input (i * step_h + tap_h[t], j * step_w + tap_w[t]), and zeros outside of the image.
+  const float* x;
+  int64_t height, width, x_pixel;  // x_pixel: floats from one pixel to the next
+  int64_t step_h, step_w, taps;
+  const int64_t *tap_h, *tap_w;
+  int64_t depth;       // values a tap reads: the input channels, or several pixels at once
+  const float* zeros;  // depth of them
+  // Output (i, j) is y pixel (i * y_step_h + y_first_h, j * y_step_w + y_first_w).
+  float* y;
+  int64_t y_height, y_width, y_pixel, y_step_h, y_step_w, y_first_h, y_first_w;
+  int64_t channels;     // output channels
+  const float* weight;  // packed: [panel][tap][depth][columns of the panel]
+  Epilogue epilogue;
+};
+
+struct GemmConvKernels {
+  int64_t panel, tile_rows;
+  // One panel: of each tap (r[t], s[t]) the values of `pixels` kernel places next to each other, all input channels of each.
+  void (*pack)(const WeightView& weight, int64_t taps, const int64_t* r, const int64_t* s, int64_t pixels,
+               int64_t index, float* packed);
+  // Output pixels [begin, end), panels [first, last); table: room for (taps + 1) * (end - begin) pointers.
+  void (*run)(const GemmConv& conv, int64_t begin, int64_t end, int64_t first, int64_t last, const void** table);
+};
+
+// Winograd's F(4x4, 3x3): 36 products a channel for 16 outputs, which take 144 the direct way. Stride 1, dilation 1, one group,
+// channels a multiple of the vector width. Lavin and Gray 2016 (arXiv 1509.09308), with the points 0, +-sqrt(1/2), +-sqrt(2).
+struct WinogradConv {
+  int64_t images, height, width, in_channels;
+  int64_t out_height, out_width, out_channels;
+  int64_t pad_h, pad_w;
+  const float* x;
+  const float* weight;  // packed: [panel][36][in_channels][columns of the panel], in planes of winograd_plane
+  float* y;
+  Epilogue epilogue;
+  int64_t tile_rows() const { return (out_height + 3) / 4; }
+  int64_t tile_columns() const { return (out_width + 3) / 4; }
+  int64_t tiles() const { return images * tile_rows() * tile_columns(); }
+};
+
+struct WinogradKernels {
+  int64_t panel, tile_rows, lanes;
+  // One panel of the transformed weight, computed in float64.
+  void (*pack)(const WeightView& weight, int64_t index, float* packed);
+  // The inverse, to fp32 rounding: weight [out_channels][3][3][in_channels] of one panel.
+  void (*unpack)(const WinogradConv& conv, int64_t index, float* weight);
+  // Transforms tiles [begin, end) of the group that starts with tile `first` and has `group` tiles into v.
+  void (*transform)(const WinogradConv& conv, int64_t first, int64_t group, int64_t begin, int64_t end, float* v);
+  // Products with panels [first_panel, last_panel) and the inverse transform for the group's `count` tiles. m: scratch.
+  // Returns whether all outputs are finite.
+  bool (*multiply)(const WinogradConv& conv, int64_t first, int64_t group, int64_t first_panel, int64_t last_panel,
+                   const float* v, float* m);
+};
+// Floats of one of 36 planes of rows x columns. The odd line keeps the planes out of one another's cache sets.
+inline int64_t winograd_plane(int64_t rows, int64_t columns) { return rows * columns + 16; }
+
+const GemmConvKernels& gemm_conv_kernels();
+const WinogradKernels& winograd_kernels();
+
+}  // namespace fastres

@@ -1,0 +1,66 @@
+// Implicit-GEMM convolution of conv.h for one instruction set.
+
+static void gemm_pack(const WeightView& w, int64_t taps, const int64_t* r, const int64_t* s, int64_t pixels,
+                      int64_t index, float* packed) {
+  const int64_t columns = panel_vectors(w.out_channels, index) * W, first = index * kPanel;
+  float* out = packed + first * taps * pixels * w.in_channels;
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      const float* place = w.data + r[tap] * w.stride_r + (s[tap] + pixel) * w.stride_s;
+      for (int64_t c = 0; c < w.in_channels; ++c, out += columns) {
+        const float* value = place + c * w.stride_c + first * w.stride_k;
+        const int64_t valid = w.out_channels - first < columns ? w.out_channels - first : columns;
+        for (int64_t k = 0; k < valid; ++k) out[k] = value[k * w.stride_k];
+        for (int64_t k = valid; k < columns; ++k) out[k] = 0.0f;
+      }
+    }
+  }
+}
+
+template <int NV>
+FASTRES_INLINE void gemm_panel(const GemmConv& p, int64_t panel, int64_t count, const float* const* rows,
+                               const int64_t* places) {
+  const int64_t first = panel * kPanel;
+  const float* weight = p.weight + first * p.taps * p.depth;
+  const vf floor = splat(p.epilogue.relu ? 0.0f : -__builtin_inff());
+  const int64_t last_lanes = p.channels - first - (NV - 1) * W;  // of the last vector
+  vf bias[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) bias[v] = p.epilogue.bias ? load(p.epilogue.bias + first + v * W) : vf{};
+  for (int64_t i = 0; i < count; i += kTileRows) {
+    tile_of_rows<NV>(count - i, rows + i, count, p.taps, p.depth, weight, [&](int r, int v, vf sum) {
+      const int64_t place = places[i + r] + first + v * W;
+      sum += bias[v];
+      if (v == NV - 1 && last_lanes < W) {
+        if (p.epilogue.residual) sum += load(p.epilogue.residual + place, last_lanes);
+        store(p.y + place, at_least(floor, sum), last_lanes);
+      } else {
+        if (p.epilogue.residual) sum += load(p.epilogue.residual + place);
+        store(p.y + place, at_least(floor, sum));
+      }
+    });
+  }
+}
+
+static void gemm_run(const GemmConv& p, int64_t begin, int64_t end, int64_t first, int64_t last, const void** table) {
+  const int64_t count = end - begin, plane = p.grid_height * p.grid_width;
+  const float** rows = reinterpret_cast<const float**>(table);
+  int64_t* places = reinterpret_cast<int64_t*>(table + p.taps * count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t image = (begin + i) / plane, pixel = (begin + i) % plane;
+    const int64_t h = pixel / p.grid_width, w = pixel % p.grid_width;
+    places[i] =
+        ((image * p.y_height + h * p.y_step_h + p.y_first_h) * p.y_width + w * p.y_step_w + p.y_first_w) * p.y_pixel;
+    for (int64_t tap = 0; tap < p.taps; ++tap) {
+      const int64_t y = h * p.step_h + p.tap_h[tap], x = w * p.step_w + p.tap_w[tap];
+      const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
+      rows[tap * count + i] = inside ? p.x + ((image * p.height + y) * p.width + x) * p.x_pixel : p.zeros;
+    }
+  }
+  for (int64_t panel = first; panel < last; ++panel) {
+    with_vectors(panel_vectors(p.channels, panel),
+                 [&](auto vectors) { gemm_panel<decltype(vectors)::n>(p, panel, count, rows, places); });
+  }
+}
+
+constexpr GemmConvKernels gemm_table = {kPanel, kTileRows, gemm_pack, gemm_run};

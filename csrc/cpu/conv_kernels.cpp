@@ -1,0 +1,16 @@
+#include "conv.h"
+#include "conv_backward.h"
+#include "storage.h"
+
+#define FASTRES_KERNELS "conv_kernels.inl"
+#include "foreach_isa.h"
+
+namespace fastres {
+
+const GemmConvKernels& gemm_conv_kernels() { return FASTRES_PICK_ISA(gemm_table); }
+const WinogradKernels& winograd_kernels() { return FASTRES_PICK_ISA(winograd_table); }
+
+const WeightGradientKernels& weight_gradient_kernels() { return FASTRES_PICK_ISA(weight_gradient_table); }
+const WinogradGradientKernels& winograd_gradient_kernels() { return FASTRES_PICK_ISA(winograd_gradient_table); }
+
+}  // namespace fastres

@@ -1,0 +1,7 @@
+// The convolution kernels of conv.h for one instruction set.
+#include "conv_tile.inl"
+
+#include "conv_gemm.inl"
+#include "conv_weight_gradient.inl"
+#include "conv_winograd.inl"
+#include "conv_winograd_gradient.inl"

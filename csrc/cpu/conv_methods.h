@@ -1,0 +1,102 @@
+// What the convolution ops share: the geometry of a convolution, its taps, and the methods of conv.h over all threads.
+#pragma once
+
+#include <vector>
+
+#include "buffers.h"
+#include "common.h"
+#include "conv.h"
+
+namespace fastres {
+
+enum Method : int64_t { kNone = 0, kGemm = 1, kWinograd = 2 };
+
+struct Geometry {
+  int64_t images, in_channels, height, width;  // of x
+  int64_t out_channels, kernel_h, kernel_w;    // of the weight
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+  int64_t out_height, out_width;
+
+  Geometry(const std::vector<int64_t>& x, const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
+           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups_)
+      : images(x[0]),
+        in_channels(x[1]),
+        height(x[2]),
+        width(x[3]),
+        out_channels(weight[0]),
+        kernel_h(weight[2]),
+        kernel_w(weight[3]),
+        stride_h(stride[0]),
+        stride_w(stride[1]),
+        pad_h(padding[0]),
+        pad_w(padding[1]),
+        dilation_h(dilation[0]),
+        dilation_w(dilation[1]),
+        groups(groups_) {
+    STD_TORCH_CHECK(
+        groups > 0 && stride_h > 0 && stride_w > 0 && dilation_h > 0 && dilation_w > 0 && pad_h >= 0 && pad_w >= 0,
+        "unsupported convolution");
+    STD_TORCH_CHECK(weight[1] * groups == in_channels && out_channels % groups == 0, "channels do not match");
+    out_height = (height + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1;
+    out_width = (width + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1;
+    STD_TORCH_CHECK(out_height > 0 && out_width > 0, "the output would be empty");
+  }
+  int64_t pixels() const { return images * out_height * out_width; }
+  int64_t group_in() const { return in_channels / groups; }
+  int64_t group_out() const { return out_channels / groups; }
+  // Few input channels: a tap is a row of the kernel, whose pixels lie next to each other in a padded copy of x.
+  bool rows_as_taps() const { return groups == 1 && in_channels < 16 && kernel_w > 1 && dilation_w == 1; }
+};
+
+// The taps of a GEMM convolution: places in the kernel, and where the first output pixel finds them.
+struct Taps {
+  std::vector<int64_t> r, s, h, w;
+  int64_t pixels = 1;  // kernel places a tap covers
+  int64_t count() const { return static_cast<int64_t>(r.size()); }
+  void add(int64_t r_, int64_t s_, int64_t h_, int64_t w_) {
+    r.push_back(r_);
+    s.push_back(s_);
+    h.push_back(h_);
+    w.push_back(w_);
+  }
+};
+
+Taps forward_taps(const Geometry& g);
+
+inline int64_t padded_channels(int64_t channels) { return divide_up(channels, 16) * 16; }
+inline int64_t gemm_floats(const Taps& taps, int64_t in_channels, int64_t out_channels) {
+  return taps.count() * taps.pixels * in_channels * padded_channels(out_channels);
+}
+inline int64_t winograd_floats(const Geometry& g) {
+  const int64_t panel = winograd_kernels().panel;
+  return divide_up(g.out_channels, panel) * 36 * winograd_plane(g.in_channels, panel);
+}
+
+// The weights of one group of a convolution.
+inline WeightView view_of(const Tensor& weight, int64_t group, int64_t groups) {
+  const int64_t k = weight.size(0) / groups;
+  return {static_cast<const float*>(weight.const_data_ptr()) + group * k * weight.stride(0),
+          k,
+          weight.size(1),
+          weight.size(2),
+          weight.size(3),
+          weight.stride(0),
+          weight.stride(1),
+          weight.stride(2),
+          weight.stride(3)};
+}
+
+// The data of a dense NHWC fp32 tensor.
+const float* nhwc(const Tensor& t, const char* name);
+
+WinogradConv winograd_of(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
+Method method_of(const Geometry& g, bool winograd);
+void pack_gemm(const WeightView& view, const Taps& taps, float* packed);
+void pack_winograd(const WeightView& view, float* packed);
+void pad(const Geometry& g, const float* x, float* out);
+void run_gemm(const GemmConv& conv);  // all pixels and panels, on all threads
+void conv_gemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
+// With the direct way behind it where x has an infinity or NaN.
+void conv_winograd(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
+
+}  // namespace fastres

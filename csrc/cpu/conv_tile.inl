@@ -1,0 +1,67 @@
+// The register tile of all convolutions: R rows (output pixels) x NV vectors of output channels.
+
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = FASTRES_LEVEL >= 2 ? 4 : 2;  // 12 sums of 16 registers, 24 of 32
+constexpr int kPanel = kTileVectors * W;
+
+// sums[r][v] = sum over taps and k of rows[tap * row_stride + r][k] * b[tap][k][v]; then finish(r, v, sum).
+template <int R, int NV, class Finish>
+FASTRES_INLINE void tile(const float* const* rows, int64_t row_stride, int64_t taps, int64_t depth, const float* b,
+                         const Finish& finish) {
+  vf sums[R][NV] = {};
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const float* a[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) a[r] = rows[tap * row_stride + r];
+    for (int64_t k = 0; k < depth; ++k, b += NV * W) {
+      vf column[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) column[v] = load(b + v * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vf value = splat(a[r][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sums[r][v] += value * column[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) finish(r, v, sums[r][v]);
+  }
+}
+
+template <int NV, class Finish>
+FASTRES_INLINE void tile_of_rows(int64_t count, const float* const* rows, int64_t row_stride, int64_t taps,
+                                 int64_t depth, const float* b, const Finish& finish) {
+  static_assert(kTileRows == 6);
+  switch (count) {
+    case 1: return tile<1, NV>(rows, row_stride, taps, depth, b, finish);
+    case 2: return tile<2, NV>(rows, row_stride, taps, depth, b, finish);
+    case 3: return tile<3, NV>(rows, row_stride, taps, depth, b, finish);
+    case 4: return tile<4, NV>(rows, row_stride, taps, depth, b, finish);
+    case 5: return tile<5, NV>(rows, row_stride, taps, depth, b, finish);
+    default: return tile<6, NV>(rows, row_stride, taps, depth, b, finish);
+  }
+}
+
+// f(std::integral_constant-like Vectors<NV>) for a panel of NV vectors.
+template <int NV>
+struct Vectors {
+  static constexpr int n = NV;
+};
+template <class F>
+FASTRES_INLINE void with_vectors(int64_t vectors, const F& f) {
+#if FASTRES_LEVEL >= 2
+  if (vectors == 4) return f(Vectors<4>{});
+  if (vectors == 3) return f(Vectors<3>{});
+#endif
+  if (vectors == 2) return f(Vectors<2>{});
+  f(Vectors<1>{});
+}
+
+FASTRES_INLINE int64_t panel_vectors(int64_t channels, int64_t panel) {
+  const int64_t left = (channels - panel * kPanel + W - 1) / W;
+  return left < kTileVectors ? left : kTileVectors;
+}

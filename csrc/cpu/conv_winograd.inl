@@ -1,0 +1,221 @@
+// Winograd's F(4x4, 3x3) of conv.h for one instruction set. With a = sqrt(1/2), b = sqrt(2), for rows and then for columns:
+//   input    B^T d = [d0 - 2.5 d2 + d4, e1 + o1, e1 - o1, e2 + o2, e2 - o2, d1 - 2.5 d3 + d5]
+//            e1 = d4 - 2 d2, o1 = a (d3 - 2 d1), e2 = d4 - d2 / 2, o2 = b (d3 - d1 / 2)
+//   weight   G g   = [g0, (g0 +- a g1 + g2 / 2) / -1.5, (g0 +- b g1 + 2 g2) / 6, g2]
+//   output   A^T m = [m0 + s1 + s2, a d1 + b d2, s1 / 2 + 2 s2, a^3 d1 + b^3 d2 + m5]
+//            s1 = m1 + m2, d1 = m1 - m2, s2 = m3 + m4, d2 = m3 - m4
+
+constexpr double kA = 0.70710678118654752440, kB = 1.41421356237309504880;
+
+FASTRES_INLINE void input_transform(const vf d[6], vf o[6]) {
+  const vf e1 = d[4] - 2.0f * d[2], t1 = d[3] - 2.0f * d[1];
+  const vf e2 = d[4] - 0.5f * d[2], t2 = d[3] - 0.5f * d[1];
+  o[0] = d[0] - 2.5f * d[2] + d[4];
+  o[1] = e1 + static_cast<float>(kA) * t1;
+  o[2] = e1 - static_cast<float>(kA) * t1;
+  o[3] = e2 + static_cast<float>(kB) * t2;
+  o[4] = e2 - static_cast<float>(kB) * t2;
+  o[5] = d[1] - 2.5f * d[3] + d[5];
+}
+
+FASTRES_INLINE void output_transform(const vf m[6], vf o[4]) {
+  const vf s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
+  o[0] = m[0] + s1 + s2;
+  o[1] = static_cast<float>(kA) * d1 + static_cast<float>(kB) * d2;
+  o[2] = 0.5f * s1 + 2.0f * s2;
+  o[3] = static_cast<float>(kA * kA * kA) * d1 + static_cast<float>(kB * kB * kB) * d2 + m[5];
+}
+
+typedef double vd __attribute__((vector_size(W * 8)));
+
+FASTRES_INLINE void weight_transform(vd g0, vd g1, vd g2, vd o[6]) {
+  const vd even1 = g0 + 0.5 * g2, odd1 = kA * g1, even2 = g0 + 2.0 * g2, odd2 = kB * g1;
+  o[0] = g0;
+  o[1] = (even1 + odd1) * (-1 / 1.5);
+  o[2] = (even1 - odd1) * (-1 / 1.5);
+  o[3] = (even2 + odd2) * (1 / 6.0);
+  o[4] = (even2 - odd2) * (1 / 6.0);
+  o[5] = g2;
+}
+
+// A block of W x W weights of one tap: block[c][k], read along the dimension that lies together in memory.
+FASTRES_INLINE void load_block(const float* from, int64_t stride_k, int64_t stride_c, float* block) {
+  if (stride_k == 1) {
+    for (int64_t c = 0; c < W; ++c) store(block + c * W, load(from + c * stride_c));
+  } else {
+    for (int64_t k = 0; k < W; ++k) {
+      for (int64_t c = 0; c < W; ++c) block[c * W + k] = from[k * stride_k + c * stride_c];
+    }
+  }
+}
+
+static void winograd_pack(const WeightView& w, int64_t index, float* packed) {
+  const int64_t first = index * kPanel, vectors = panel_vectors(w.out_channels, index), columns = vectors * W;
+  const int64_t plane = winograd_plane(w.in_channels, columns);
+  float* panel = packed + index * 36 * winograd_plane(w.in_channels, kPanel);
+  float blocks[9][W * W];
+  for (int64_t c0 = 0; c0 < w.in_channels; c0 += W) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const float* source = w.data + c0 * w.stride_c + (first + v * W) * w.stride_k;
+      for (int tap = 0; tap < 9; ++tap) {
+        load_block(source + tap / 3 * w.stride_r + tap % 3 * w.stride_s, w.stride_k, w.stride_c, blocks[tap]);
+      }
+      for (int64_t c = 0; c < W; ++c) {
+        vd rows[6][3];
+        for (int s = 0; s < 3; ++s) {
+          vd g[3], o[6];
+          for (int r = 0; r < 3; ++r) g[r] = __builtin_convertvector(load(blocks[r * 3 + s] + c * W), vd);
+          weight_transform(g[0], g[1], g[2], o);
+          for (int i = 0; i < 6; ++i) rows[i][s] = o[i];
+        }
+        float* out = panel + (c0 + c) * columns + v * W;
+        for (int i = 0; i < 6; ++i) {
+          vd o[6];
+          weight_transform(rows[i][0], rows[i][1], rows[i][2], o);
+          for (int j = 0; j < 6; ++j) store(out + (i * 6 + j) * plane, __builtin_convertvector(o[j], vf));
+        }
+      }
+    }
+  }
+}
+
+// g0 = u0, g1 = (u1 - u2) * -1.5 / 2a, g2 = u5.
+static void winograd_unpack(const WinogradConv& p, int64_t index, float* weight) {
+  const int64_t first = index * kPanel, columns = panel_vectors(p.out_channels, index) * W;
+  const int64_t plane = winograd_plane(p.in_channels, columns);
+  const float* panel = p.weight + index * 36 * winograd_plane(p.in_channels, kPanel);
+  for (int64_t c = 0; c < p.in_channels; ++c) {
+    for (int64_t k = 0; k < columns; ++k) {
+      double rows[3][6];
+      for (int j = 0; j < 6; ++j) {
+        const auto u = [&](int i) -> double { return panel[(i * 6 + j) * plane + c * columns + k]; };
+        rows[0][j] = u(0);
+        rows[1][j] = (u(1) - u(2)) * (-1.5 / (2 * kA));
+        rows[2][j] = u(5);
+      }
+      for (int r = 0; r < 3; ++r) {
+        const double taps[3] = {rows[r][0], (rows[r][1] - rows[r][2]) * (-1.5 / (2 * kA)), rows[r][5]};
+        for (int s = 0; s < 3; ++s) {
+          weight[(((first + k) * 3 + r) * 3 + s) * p.in_channels + c] = static_cast<float>(taps[s]);
+        }
+      }
+    }
+  }
+}
+
+struct TilePlace {
+  int64_t image, h, w;  // of the tile's first output
+};
+FASTRES_INLINE TilePlace tile_place(const WinogradConv& p, int64_t tile) {
+  const int64_t plane = p.tile_rows() * p.tile_columns(), place = tile % plane;
+  return {tile / plane, place / p.tile_columns() * 4, place % p.tile_columns() * 4};
+}
+
+// The 36 transformed values of W channels of a tile to out, out + plane, ...
+FASTRES_INLINE void transform_input_tile(const WinogradConv& p, const TilePlace& place, int64_t channel, float* out,
+                                         int64_t plane) {
+  const int64_t channels = p.in_channels, row = p.width * channels;
+  const int64_t top = place.h - p.pad_h, left = place.w - p.pad_w;
+  const float* x = p.x + ((place.image * p.height + top) * p.width + left) * channels + channel;
+  const bool inside = top >= 0 && left >= 0 && top + 6 <= p.height && left + 6 <= p.width;
+  vf columns[6][6];  // [row][column], rows transformed
+#pragma GCC unroll 6
+  for (int j = 0; j < 6; ++j) {
+    vf d[6], o[6];
+    const bool inside_w = left + j >= 0 && left + j < p.width;
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) {
+      const bool read = inside || (inside_w && top + i >= 0 && top + i < p.height);
+      d[i] = read ? load(x + i * row + j * channels) : vf{};
+    }
+    input_transform(d, o);
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) columns[i][j] = o[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < 6; ++i) {
+    vf o[6];
+    input_transform(columns[i], o);
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) store(out + (i * 6 + j) * plane, o[j]);
+  }
+}
+
+static void winograd_transform(const WinogradConv& p, int64_t first, int64_t group, int64_t begin, int64_t end,
+                               float* v) {
+  const int64_t plane = winograd_plane(group, p.in_channels);
+  for (int64_t t = begin; t < end; ++t) {
+    const TilePlace place = tile_place(p, first + t);
+    for (int64_t c = 0; c < p.in_channels; c += W) transform_input_tile(p, place, c, v + t * p.in_channels + c, plane);
+  }
+}
+
+// The inverse transform of one vector of channels of all tiles of a group. Returns zeros where all values are finite.
+FASTRES_INLINE vf winograd_output(const WinogradConv& p, int64_t first, int64_t group, int64_t channel, const float* m,
+                                  int64_t columns, int64_t plane) {
+  const vf floor = splat(p.epilogue.relu ? 0.0f : -__builtin_inff());
+  const vf bias = p.epilogue.bias ? load(p.epilogue.bias + channel) : vf{};
+  vf check{};
+  for (int64_t t = 0; t < group; ++t) {
+    const TilePlace place = tile_place(p, first + t);
+    const float* in = m + t * columns;
+    vf rows[4][6];
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+      vf d[6], o[4];
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) d[i] = load(in + (i * 6 + j) * plane);
+      output_transform(d, o);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) rows[i][j] = o[i];
+    }
+    const int64_t start = ((place.image * p.out_height + place.h) * p.out_width + place.w) * p.out_channels + channel;
+    for (int i = 0; i < 4 && place.h + i < p.out_height; ++i) {
+      vf o[4];
+      output_transform(rows[i], o);
+      for (int j = 0; j < 4 && place.w + j < p.out_width; ++j) {
+        const int64_t y = start + (i * p.out_width + j) * p.out_channels;
+        check += o[j] * 0.0f;  // NaN if o is not finite
+        vf z = o[j] + bias;
+        if (p.epilogue.residual) z += load(p.epilogue.residual + y);
+        store(p.y + y, at_least(floor, z));
+      }
+    }
+  }
+  return check;
+}
+
+static bool winograd_multiply(const WinogradConv& p, int64_t first, int64_t group, int64_t first_panel,
+                              int64_t last_panel, const float* v, float* m) {
+  const int64_t channels = p.in_channels, in_plane = winograd_plane(group, channels);
+  vf check{};
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const int64_t vectors = panel_vectors(p.out_channels, panel), columns = vectors * W;
+    const int64_t out_plane = winograd_plane(group, columns);
+    const int64_t weight_plane = winograd_plane(channels, columns);
+    const float* weight = p.weight + panel * 36 * winograd_plane(channels, kPanel);
+    with_vectors(vectors, [&](auto n) {
+      constexpr int NV = decltype(n)::n;
+      for (int64_t position = 0; position < 36; ++position) {
+        const float* a = v + position * in_plane;
+        float* out = m + position * out_plane;
+        for (int64_t t = 0; t < group; t += kTileRows) {
+          const float* rows[kTileRows];
+          for (int r = 0; r < kTileRows; ++r) rows[r] = a + (t + r) * channels;
+          tile_of_rows<NV>(group - t, rows, 0, 1, channels, weight + position * weight_plane,
+                           [&](int r, int i, vf sum) { store(out + (t + r) * columns + i * W, sum); });
+        }
+      }
+    });
+    for (int64_t i = 0; i < vectors; ++i) {
+      check += winograd_output(p, first, group, panel * kPanel + i * W, m + i * W, columns, out_plane);
+    }
+  }
+  for (int i = 0; i < W; ++i) {
+    if (check[i] != check[i]) return false;
+  }
+  return true;
+}
+
+constexpr WinogradKernels winograd_table = {
+    kPanel, kTileRows, W, winograd_pack, winograd_unpack, winograd_transform, winograd_multiply};

@@ -1,0 +1,117 @@
+"""conv_bias_act by our own convolutions (csrc/cpu/conv.cpp): NHWC activations, fp32 arithmetic, packed weights.
+
+Methods: an implicit matrix product for every kernel size, stride, padding and dilation, and Winograd's F(4x4, 3x3),
+which needs a quarter of the multiplications of a 3x3 convolution and has an error of about 1e-6 (relative L2) instead
+of 2e-7; `fastres.config.winograd = False` leaves it out. bf16 and fp16 activations are converted to fp32 and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres import config, layout, reference
+from fastres.kernels import extension, onednn
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable() -> str | None:
+    return extension.load_error()
+
+
+def why_not(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    *args: Any,
+) -> str | None:
+    if x.dtype not in _DTYPES:
+        return f"{x.dtype} activations"
+    if not x.numel():
+        return "empty batch"
+    if reference.conv_format(x, weight) is not torch.channels_last:
+        return "not channels_last"
+    if x.dtype is not torch.float32 and onednn.unavailable() is None and onednn.compute_dtype(x.dtype) is x.dtype:
+        return f"oneDNN convolves in {x.dtype} here"
+    return None if method(x, weight, stride, padding, dilation, groups) else "grouped convolution"
+
+
+def method(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> int:
+    """Which method serves this shape: 0 none, 1 matrix product, 2 Winograd."""
+    return torch.ops.fastres_cpu.conv_method.default(
+        x.shape, weight.shape, stride, padding, dilation, groups, config.winograd
+    )
+
+
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Callable[[Tensor, Tensor | None, bool], Tensor]:
+    """Packs `weight` for inputs like `x`. Returns run(x, residual, relu)."""
+    shape, geometry, conv = list(weight.shape), (stride, padding, dilation, groups), torch.ops.fastres_cpu.conv.default
+    kind = method(x, weight, *geometry)
+    packed = torch.ops.fastres_cpu.conv_pack.default(weight.float(), x.shape, *geometry, kind)
+    bias = None if bias is None else bias.float().contiguous()
+
+    def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        residual = None if residual is None else _nhwc(residual)
+        y = conv(_nhwc(x), packed, shape, bias, residual, *geometry, relu, kind)
+        return layout.in_format(y if x.dtype is torch.float32 else y.to(x.dtype), torch.channels_last)
+
+    return run
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    return t.float().contiguous(memory_format=torch.channels_last)
+
+
+def conv_bias_act(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *options: Any) -> Tensor:
+    *geometry, relu = options
+    return prepare(x, weight, bias, *geometry)(x, residual, relu)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
+    """conv2d(x, weight, bias): by our own kernels where they serve, else by ATen's."""
+    if why_not(x, weight, bias, None, *geometry) is None:
+        return conv_bias_act(x, weight, bias, None, *geometry, False)
+    stride, padding, dilation, groups = geometry
+    y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+    return layout.in_format(y, reference.conv_format(x, weight))
+
+
+def convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, geometry: tuple[Any, ...], needed: tuple[bool, bool, bool]
+) -> list[Tensor | None]:
+    """The gradients of x, weight and bias that are needed, for the gradient of the output."""
+    stride, padding, dilation, groups = geometry
+    if why_not(x, weight, None, None, *geometry) is not None:
+        bias_sizes = [weight.shape[0]] if has_bias else None
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)
+        )
+    ops, dtype = torch.ops.fastres_cpu, x.dtype
+    grad_x = grad_weight = grad_bias = None
+    grad = _nhwc(grad)
+    if needed[0]:
+        grad_x = ops.conv_backward_input.default(grad, weight.float(), x.shape, *geometry, config.winograd)
+        grad_x = layout.in_format(grad_x, torch.channels_last).to(dtype)
+    if needed[1]:
+        grad_weight = ops.conv_backward_weight.default(grad, _nhwc(x), weight.shape, *geometry, config.winograd)
+        grad_weight = grad_weight.to(dtype)
+    if needed[2]:
+        grad_bias = grad.sum((0, 2, 3)).to(dtype)
+    return [grad_x, grad_weight, grad_bias]
