@@ -27,6 +27,7 @@ class _Entry:
     tensors: tuple[Tensor, ...]  # held, so that no other tensor can get one of their ids
     plan: Any  # kernel and method the weights are packed for
     inputs: tuple[Any, ...]  # the last inputs that had this plan
+    shape: tuple[int, int, int, int]  # of the output for these
 
 
 # A module's entry goes with the module. Copies and pickles of a model carry no folded weights.
@@ -47,14 +48,17 @@ def geometry(conv: nn.Conv2d) -> Geometry:
 
 def folded(
     conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor
-) -> Callable[[Tensor, Tensor | None, bool], Tensor] | None:
-    """run(x, residual, relu): the convolution with `bn` folded in (if given) and packed weights; None where they
-    cannot be kept or must not be folded.
+) -> tuple[Callable[[Tensor, Tensor | None, bool], Tensor], tuple[int, ...]] | None:
+    """run(x, residual, relu): the convolution with `bn` folded in (if given) and packed weights; and the shape of its
+    output. None where they cannot be kept or must not be folded.
 
     Kept under three witnesses: identity and version counter of every tensor, and a fingerprint of the values, because
     writes through `.data` and to inference tensors move no counter. The fingerprint reads batch norm's tensors whole,
     and of a large weight samples of every output and every input channel (csrc/cpu/fingerprint.cpp);
     `fastres.refresh_` is for any other write.
+
+    Raises:
+        RuntimeError: if x does not fit the convolution.
     """
     if not config.keep_folded_weights or torch.compiler.is_compiling() or registration.autocast_enabled(x.device.type):
         return None
@@ -64,54 +68,48 @@ def folded(
     if bn is not None:
         sources += (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     tensors = [t for t in sources if t is not None]
-    versions = tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)
     made_from = (
-        versions,
+        tuple([(id(t), -1 if t.is_inference() else t._version) for t in tensors]),
         torch.ops.fastres_cpu.fingerprint.default(tensors),
         None if bn is None else bn.eps,
-        x.dtype,
         (conv.stride, conv.padding, conv.dilation, conv.groups),
     )
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    inputs = (x.shape, channels_last, config.winograd, table.setting())
+    inputs = (x.shape, x.dtype, channels_last, config.winograd, table.setting())
     entry = _entries.get(conv)
-    if entry is None or entry.made_from != made_from:
-        entry = _entries[conv] = _fold(conv, bn, x, tensors, made_from, inputs)
-    elif entry.inputs != inputs:
-        if entry.plan == _plan(conv, x):
-            entry.inputs = inputs
+    if entry is None or entry.made_from != made_from or entry.inputs != inputs:
+        shape = functional.check_convolution(x, conv.weight, conv.bias, geometry(conv))
+        plan = _plan(conv, x)
+        if entry is not None and entry.made_from == made_from and entry.plan == plan:
+            entry.inputs, entry.shape = inputs, shape
         else:
-            entry = _entries[conv] = _fold(conv, bn, x, tensors, made_from, inputs)
-    return entry.run
+            run = _pack(conv, bn, x, plan)
+            entry = _entries[conv] = _Entry(run, made_from, tuple(tensors), plan, inputs, shape)
+    return None if entry.run is None else (entry.run, entry.shape)
 
 
 def _plan(conv: nn.Conv2d, x: Tensor) -> tuple[Any, ...] | None:
-    """Kernel, method and layout for inputs like x; None if no kernel keeps packed weights."""
+    """What the weights are packed for: kernel, method, layout, dtype. None if no kernel keeps packed weights."""
     where = geometry(conv)
     for kernel in table.kernels("conv_bias_act", "cpu"):
         if kernel.unavailable() is None and kernel.why_not(x, conv.weight, None, None, *where) is None:
-            if kernel.prepare is None:
-                return None
-            return kernel.prepare, convolution.method(x, conv.weight, *where), reference.conv_format(x, conv.weight)
+            method = convolution.method(x, conv.weight, *where)
+            order = reference.conv_format(x, conv.weight)
+            return None if kernel.prepare is None else (kernel.prepare, method, order, x.dtype)
     return None
 
 
 @torch.no_grad()
-def _fold(
-    conv: nn.Conv2d,
-    bn: nn.BatchNorm2d | None,
-    x: Tensor,
-    tensors: list[Tensor],
-    made_from: tuple[Any, ...],
-    inputs: tuple[Any, ...],
-) -> _Entry:
-    plan = _plan(conv, x)
-    run = None
-    if plan is not None:
-        weight, bias = conv.weight, conv.bias
-        if bn is not None:
-            assert bn.running_mean is not None and bn.running_var is not None
-            weight, bias = functional.fold(weight, bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-        if bool(weight.isfinite().all()) and (bias is None or bool(bias.isfinite().all())):
-            run = plan[0](x, weight.contiguous(memory_format=plan[2]), bias, *geometry(conv))
-    return _Entry(run, made_from, tuple(tensors), plan, inputs)
+def _pack(
+    conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor, plan: tuple[Any, ...] | None
+) -> Callable[[Tensor, Tensor | None, bool], Tensor] | None:
+    if plan is None:
+        return None
+    prepare, _, order, _ = plan
+    weight, bias = conv.weight, conv.bias
+    if bn is not None:
+        assert bn.running_mean is not None and bn.running_var is not None
+        weight, bias = functional.fold(weight, bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+    if not bool(weight.isfinite().all()) or (bias is not None and not bool(bias.isfinite().all())):
+        return None  # batch norm by itself: folded, an overflow would become NaN elsewhere than in eager
+    return prepare(x, weight.contiguous(memory_format=order), bias, *geometry(conv))

@@ -332,6 +332,8 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: 
     if weight.dim() != 4:
         raise RuntimeError(f"expected a 4D convolution weight, got {weight.dim()}D")
     k, c, r, s = weight.shape
+    if min(k, c, r, s) < 1:
+        raise RuntimeError(f"non-empty weight expected, got weight of size {list(weight.shape)}")
     if x.shape[1] != c * groups or k % groups:
         raise RuntimeError(
             f"Given groups={groups}, weight of size {list(weight.shape)}, expected input{list(x.shape)} to have "
@@ -345,7 +347,7 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: 
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but x is on {x.device} and {name} on {t.device}"
             )
-    if bias is not None and bias.numel() != k:
+    if bias is not None and tuple(bias.shape) != (k,):
         raise RuntimeError(f"expected bias to be 1-dimensional with {k} elements, got {list(bias.shape)}")
     if min(stride_h, stride_w) <= 0:
         raise RuntimeError("non-positive stride is not supported")

@@ -213,13 +213,9 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """conv(x): in inference with packed weights, else conv_bias_act; the module itself where that is not legal."""
     if _input_blocked(x) or _children_blocked(x, {"conv": conv}) or x.dtype is torch.float64:
         return conv(x)
-    geometry = folding.geometry(conv)
-    functional.check_convolution(x, conv.weight, conv.bias, geometry)
-    if not _wants_gradient(x, conv.weight, conv.bias):
-        run = folding.folded(conv, None, x)
-        if run is not None:
-            return run(x, None, False)
-    stride, padding, dilation, groups = geometry
+    if not _wants_gradient(x, conv.weight, conv.bias) and (kept := folding.folded(conv, None, x)):
+        return kept[0](x, None, False)
+    stride, padding, dilation, groups = folding.geometry(conv)
     return functional.conv_bias_act(
         x,
         conv.weight,
@@ -234,20 +230,16 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None = None) -> Tensor:
     """act(bn(conv(x)) + residual): in inference one convolution with folded, packed weights, else conv_bn_act."""
+    inference = not bn.training and bn.running_mean is not None
+    if inference and not _wants_gradient(conv.weight, conv.bias, bn.weight, bn.bias, x, residual):
+        kept = folding.folded(conv, bn, x)
+        if kept is not None and (residual is None or _fits(residual, kept[1], x)):
+            return kept[0](x, residual, act == "relu")
     geometry = folding.geometry(conv)
-    shape = functional.check_convolution(
-        x, conv.weight, conv.bias, geometry
-    )  # its errors come before the batch is counted
+    # Its errors come before the batch is counted.
+    shape = functional.check_convolution(x, conv.weight, conv.bias, geometry)
     if residual is not None and not _fits(residual, shape, x):
         return _add_separately(conv_bn_act(conv, bn, x, act="identity"), residual, act)
-    if (
-        not bn.training
-        and bn.running_mean is not None
-        and not _wants_gradient(conv.weight, conv.bias, bn.weight, bn.bias, x, residual)
-    ):
-        run = folding.folded(conv, bn, x)
-        if run is not None:
-            return run(x, residual, act == "relu")
     training, momentum, counter = _tracked(bn)
     return functional.conv_bn_act(
         x,

@@ -20,20 +20,30 @@ Taps forward_taps(const Geometry& g) {
   return taps;
 }
 
-void pack_gemm(const WeightView& view, const Taps& taps, float* packed) {
+namespace {
+
+// pack(i) for every panel, on all threads. Returns whether all are finite.
+template <class F>
+bool pack_panels(int64_t channels, int64_t panel, const F& pack) {
+  std::vector<char> finite(divide_up(channels, panel));
+  torch::stable::parallel_for(0, static_cast<int64_t>(finite.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) finite[i] = pack(i);
+  });
+  return std::all_of(finite.begin(), finite.end(), [](char ok) { return ok; });
+}
+
+}  // namespace
+
+bool pack_gemm(const WeightView& view, const Taps& taps, float* packed) {
   const GemmConvKernels& kernels = gemm_conv_kernels();
-  torch::stable::parallel_for(0, divide_up(view.out_channels, kernels.panel), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      kernels.pack(view, taps.count(), taps.r.data(), taps.s.data(), taps.pixels, i, packed);
-    }
+  return pack_panels(view.out_channels, kernels.panel, [&](int64_t i) {
+    return kernels.pack(view, taps.count(), taps.r.data(), taps.s.data(), taps.pixels, i, packed);
   });
 }
 
-void pack_winograd(const WeightView& view, float* packed) {
+bool pack_winograd(const WeightView& view, float* packed) {
   const WinogradKernels& kernels = winograd_kernels();
-  torch::stable::parallel_for(0, divide_up(view.out_channels, kernels.panel), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernels.pack(view, i, packed);
-  });
+  return pack_panels(view.out_channels, kernels.panel, [&](int64_t i) { return kernels.pack(view, i, packed); });
 }
 
 // Cuts the work into blocks of pixels, and into ranges of panels where there are few pixels; each is one call of run.
@@ -224,11 +234,12 @@ Tensor conv_pack(const Tensor& weight, const std::vector<int64_t>& x, const std:
   STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, "weight must be a 4D float32 tensor");
   const Geometry g(x, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride, padding, dilation,
                    groups);
+  STD_TORCH_CHECK(method == kGemm || method == kWinograd, "method must be 1 or 2");
   if (method == kWinograd) {
     STD_TORCH_CHECK(winograd_fits(g), "Winograd does not serve this convolution");
     Tensor packed = cached_empty(winograd_floats(g));
-    pack_winograd(view_of(weight, 0, 1), static_cast<float*>(packed.mutable_data_ptr()));
-    return packed;
+    const bool finite = pack_winograd(view_of(weight, 0, 1), static_cast<float*>(packed.mutable_data_ptr()));
+    return finite ? packed : cached_empty(0);
   }
   const Taps taps = forward_taps(g);
   const int64_t floats = gemm_floats(taps, g.group_in(), g.group_out());
@@ -255,7 +266,11 @@ Tensor conv(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& w
   const Epilogue epilogue{bias.has_value() ? padded_bias.data() : nullptr,
                           residual.has_value() ? nhwc(*residual, "residual") : nullptr, relu};
   float* y_data = static_cast<float*>(y.mutable_data_ptr());
+  STD_TORCH_CHECK(method == kGemm || method == kWinograd, "method must be 1 or 2");
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.dim() == 1 && packed.is_contiguous(),
+                  "packed weight must be what conv_pack returned");
   const float* weight_data = static_cast<const float*>(packed.const_data_ptr());
+  if (g.pixels() == 0) return y;
   if (method == kWinograd) {
     STD_TORCH_CHECK(winograd_fits(g) && packed.numel() == winograd_floats(g), "packed weight does not fit");
     conv_winograd(g, x_data, weight_data, epilogue, y_data);

@@ -45,7 +45,8 @@ struct GemmConv {
 struct GemmConvKernels {
   int64_t panel, tile_rows;
   // One panel: of each tap (r[t], s[t]) the values of `pixels` kernel places next to each other, all input channels of each.
-  void (*pack)(const WeightView& weight, int64_t taps, const int64_t* r, const int64_t* s, int64_t pixels,
+  // Returns whether they are finite.
+  bool (*pack)(const WeightView& weight, int64_t taps, const int64_t* r, const int64_t* s, int64_t pixels,
                int64_t index, float* packed);
   // Output pixels [begin, end), panels [first, last); table: room for (taps + 1) * (end - begin) pointers.
   void (*run)(const GemmConv& conv, int64_t begin, int64_t end, int64_t first, int64_t last, const void** table);
@@ -68,8 +69,8 @@ struct WinogradConv {
 
 struct WinogradKernels {
   int64_t panel, tile_rows, lanes;
-  // One panel of the transformed weight, computed in float64.
-  void (*pack)(const WeightView& weight, int64_t index, float* packed);
+  // One panel of the transformed weight, computed in float64. Returns whether it is finite.
+  bool (*pack)(const WeightView& weight, int64_t index, float* packed);
   // The inverse, to fp32 rounding: weight [out_channels][3][3][in_channels] of one panel.
   void (*unpack)(const WinogradConv& conv, int64_t index, float* weight);
   // Transforms tiles [begin, end) of the group that starts with tile `first` and has `group` tiles into v.

@@ -20,8 +20,9 @@ WeightView turned(WeightView w) {
   return w;
 }
 
-// Stride 1: grad_x is the convolution of grad_y with the exchanged, turned weight.
-void input_stride_1(const Geometry& g, const float* grad, const WeightView& weight, bool winograd, float* out) {
+// Stride 1: grad_x is the convolution of grad_y with the exchanged, turned weight. Returns whether the weight is finite:
+// places outside of grad_y are zeros here, and zero times infinity would be NaN.
+bool input_stride_1(const Geometry& g, const float* grad, const WeightView& weight, bool winograd, float* out) {
   const Geometry back({g.images, g.out_channels, g.out_height, g.out_width},
                       {g.in_channels, g.out_channels, g.kernel_h, g.kernel_w}, {1, 1},
                       {g.dilation_h * (g.kernel_h - 1) - g.pad_h, g.dilation_w * (g.kernel_w - 1) - g.pad_w},
@@ -30,18 +31,20 @@ void input_stride_1(const Geometry& g, const float* grad, const WeightView& weig
   const Epilogue none{nullptr, nullptr, false};
   if (method_of(back, winograd) == kWinograd) {
     const Scratch packed(winograd_floats(back));
-    pack_winograd(view, packed.data());
-    conv_winograd(back, grad, packed.data(), none, out);
-    return;
+    if (pack_winograd(view, packed.data())) {
+      conv_winograd(back, grad, packed.data(), none, out);
+      return true;
+    }
   }
   const Taps taps = forward_taps(back);
   const Scratch packed(gemm_floats(taps, back.in_channels, back.out_channels));
-  pack_gemm(view, taps, packed.data());
+  if (!pack_gemm(view, taps, packed.data())) return false;
   conv_gemm(back, grad, packed.data(), none, out);
+  return true;
 }
 
 // Any stride: the pixels of x whose places are equal modulo the stride read the same taps, by a convolution with stride 1 each.
-void input_strided(const Geometry& g, const float* grad, const WeightView& weight, float* out) {
+bool input_strided(const Geometry& g, const float* grad, const WeightView& weight, float* out) {
   const WeightView view = exchanged(weight);
   const std::vector<float> zeros(g.out_channels);
   for (int64_t first_h = 0; first_h < std::min(g.stride_h, g.height); ++first_h) {
@@ -56,7 +59,7 @@ void input_strided(const Geometry& g, const float* grad, const WeightView& weigh
         }
       }
       const Scratch packed(std::max<int64_t>(1, gemm_floats(taps, g.out_channels, g.in_channels)));
-      if (taps.count() > 0) pack_gemm(view, taps, packed.data());
+      if (taps.count() > 0 && !pack_gemm(view, taps, packed.data())) return false;
       GemmConv conv{};
       conv.images = g.images;
       conv.grid_height = divide_up(g.height - first_h, g.stride_h);
@@ -82,8 +85,10 @@ void input_strided(const Geometry& g, const float* grad, const WeightView& weigh
       run_gemm(conv);
     }
   }
+  return true;
 }
 
+// An empty tensor where the weight is not finite.
 Tensor conv_backward_input(const Tensor& grad_y, const Tensor& weight, const std::vector<int64_t>& x,
                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                            const std::vector<int64_t>& dilation, int64_t groups, bool winograd) {
@@ -100,12 +105,9 @@ Tensor conv_backward_input(const Tensor& grad_y, const Tensor& weight, const std
   const WeightView view = view_of(weight, 0, 1);
   const bool plain = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h * (g.kernel_h - 1) >= g.pad_h &&
                      g.dilation_w * (g.kernel_w - 1) >= g.pad_w;
-  if (plain) {
-    input_stride_1(g, grad, view, winograd, out);
-  } else {
-    input_strided(g, grad, view, out);
-  }
-  return grad_x;
+  if (grad_x.numel() == 0) return grad_x;
+  const bool finite = plain ? input_stride_1(g, grad, view, winograd, out) : input_strided(g, grad, view, out);
+  return finite ? grad_x : cached_empty(0);
 }
 
 // The pixels are cut into parts whose sums are added in order: how many depends on the shape alone, so results are repeatable.
@@ -215,6 +217,10 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const std::ve
                   "grad_y must have the shape of the output");
   Tensor grad_weight = cached_empty(g.out_channels, g.in_channels, g.kernel_h, g.kernel_w, ScalarType::Float, true);
   float* out = static_cast<float*>(grad_weight.mutable_data_ptr());
+  if (g.pixels() == 0) {
+    std::fill(out, out + grad_weight.numel(), 0.0f);
+    return grad_weight;
+  }
   if (method_of(g, winograd) != kWinograd || !winograd_weight_gradient(g, grad, x_data, out)) {
     weight_gradient(g, grad, x_data, out);
   }

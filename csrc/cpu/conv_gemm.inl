@@ -1,20 +1,28 @@
 // Implicit-GEMM convolution of conv.h for one instruction set.
 
-static void gemm_pack(const WeightView& w, int64_t taps, const int64_t* r, const int64_t* s, int64_t pixels,
+static bool gemm_pack(const WeightView& w, int64_t taps, const int64_t* r, const int64_t* s, int64_t pixels,
                       int64_t index, float* packed) {
   const int64_t columns = panel_vectors(w.out_channels, index) * W, first = index * kPanel;
   float* out = packed + first * taps * pixels * w.in_channels;
+  int32_t largest = 0;  // without its sign: as integers floats are in order, and infinity and NaN are the largest
   for (int64_t tap = 0; tap < taps; ++tap) {
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {
       const float* place = w.data + r[tap] * w.stride_r + (s[tap] + pixel) * w.stride_s;
       for (int64_t c = 0; c < w.in_channels; ++c, out += columns) {
         const float* value = place + c * w.stride_c + first * w.stride_k;
         const int64_t valid = w.out_channels - first < columns ? w.out_channels - first : columns;
-        for (int64_t k = 0; k < valid; ++k) out[k] = value[k * w.stride_k];
+        for (int64_t k = 0; k < valid; ++k) {
+          int32_t bits;
+          __builtin_memcpy(&bits, value + k * w.stride_k, sizeof bits);
+          __builtin_memcpy(out + k, &bits, sizeof bits);
+          bits &= 0x7fffffff;
+          largest = bits > largest ? bits : largest;
+        }
         for (int64_t k = valid; k < columns; ++k) out[k] = 0.0f;
       }
     }
   }
+  return largest < 0x7f800000;
 }
 
 template <int NV>

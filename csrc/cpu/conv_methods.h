@@ -18,28 +18,24 @@ struct Geometry {
   int64_t out_height, out_width;
 
   Geometry(const std::vector<int64_t>& x, const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
-           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups_)
-      : images(x[0]),
-        in_channels(x[1]),
-        height(x[2]),
-        width(x[3]),
-        out_channels(weight[0]),
-        kernel_h(weight[2]),
-        kernel_w(weight[3]),
-        stride_h(stride[0]),
-        stride_w(stride[1]),
-        pad_h(padding[0]),
-        pad_w(padding[1]),
-        dilation_h(dilation[0]),
-        dilation_w(dilation[1]),
-        groups(groups_) {
+           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups_) {
+    STD_TORCH_CHECK(
+        x.size() == 4 && weight.size() == 4 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+        "expected sizes of 4 dimensions and pairs of numbers");
+    images = x[0], in_channels = x[1], height = x[2], width = x[3];
+    out_channels = weight[0], kernel_h = weight[2], kernel_w = weight[3];
+    stride_h = stride[0], stride_w = stride[1], pad_h = padding[0], pad_w = padding[1];
+    dilation_h = dilation[0], dilation_w = dilation[1], groups = groups_;
     STD_TORCH_CHECK(
         groups > 0 && stride_h > 0 && stride_w > 0 && dilation_h > 0 && dilation_w > 0 && pad_h >= 0 && pad_w >= 0,
         "unsupported convolution");
+    STD_TORCH_CHECK(in_channels > 0 && out_channels > 0 && kernel_h > 0 && kernel_w > 0, "empty weight");
     STD_TORCH_CHECK(weight[1] * groups == in_channels && out_channels % groups == 0, "channels do not match");
-    out_height = (height + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1;
-    out_width = (width + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1;
-    STD_TORCH_CHECK(out_height > 0 && out_width > 0, "the output would be empty");
+    const int64_t room_h = height + 2 * pad_h - dilation_h * (kernel_h - 1) - 1;
+    const int64_t room_w = width + 2 * pad_w - dilation_w * (kernel_w - 1) - 1;
+    STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "the output would be empty");
+    out_height = room_h / stride_h + 1;
+    out_width = room_w / stride_w + 1;
   }
   int64_t pixels() const { return images * out_height * out_width; }
   int64_t group_in() const { return in_channels / groups; }
@@ -91,8 +87,9 @@ const float* nhwc(const Tensor& t, const char* name);
 
 WinogradConv winograd_of(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
 Method method_of(const Geometry& g, bool winograd);
-void pack_gemm(const WeightView& view, const Taps& taps, float* packed);
-void pack_winograd(const WeightView& view, float* packed);
+// Both return whether all packed values are finite.
+bool pack_gemm(const WeightView& view, const Taps& taps, float* packed);
+bool pack_winograd(const WeightView& view, float* packed);
 void pad(const Geometry& g, const float* x, float* out);
 void run_gemm(const GemmConv& conv);  // all pixels and panels, on all threads
 void conv_gemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);

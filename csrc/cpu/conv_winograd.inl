@@ -49,11 +49,20 @@ FASTRES_INLINE void load_block(const float* from, int64_t stride_k, int64_t stri
   }
 }
 
-static void winograd_pack(const WeightView& w, int64_t index, float* packed) {
+// Whether a sum of values times 0 is 0: then all of them were finite.
+FASTRES_INLINE bool all_finite(vf check) {
+  for (int i = 0; i < W; ++i) {
+    if (check[i] != check[i]) return false;
+  }
+  return true;
+}
+
+static bool winograd_pack(const WeightView& w, int64_t index, float* packed) {
   const int64_t first = index * kPanel, vectors = panel_vectors(w.out_channels, index), columns = vectors * W;
   const int64_t plane = winograd_plane(w.in_channels, columns);
   float* panel = packed + index * 36 * winograd_plane(w.in_channels, kPanel);
   float blocks[9][W * W];
+  vf check{};
   for (int64_t c0 = 0; c0 < w.in_channels; c0 += W) {
     for (int64_t v = 0; v < vectors; ++v) {
       const float* source = w.data + c0 * w.stride_c + (first + v * W) * w.stride_k;
@@ -72,11 +81,16 @@ static void winograd_pack(const WeightView& w, int64_t index, float* packed) {
         for (int i = 0; i < 6; ++i) {
           vd o[6];
           weight_transform(rows[i][0], rows[i][1], rows[i][2], o);
-          for (int j = 0; j < 6; ++j) store(out + (i * 6 + j) * plane, __builtin_convertvector(o[j], vf));
+          for (int j = 0; j < 6; ++j) {
+            const vf u = __builtin_convertvector(o[j], vf);
+            check += u * 0.0f;  // NaN if u is not finite
+            store(out + (i * 6 + j) * plane, u);
+          }
         }
       }
     }
   }
+  return all_finite(check);
 }
 
 // g0 = u0, g1 = (u1 - u2) * -1.5 / 2a, g2 = u5.
@@ -211,10 +225,7 @@ static bool winograd_multiply(const WinogradConv& p, int64_t first, int64_t grou
       check += winograd_output(p, first, group, panel * kPanel + i * W, m + i * W, columns, out_plane);
     }
   }
-  for (int i = 0; i < W; ++i) {
-    if (check[i] != check[i]) return false;
-  }
-  return true;
+  return all_finite(check);
 }
 
 constexpr WinogradKernels winograd_table = {

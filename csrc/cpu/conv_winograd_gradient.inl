@@ -120,10 +120,7 @@ static bool winograd_gradient_finish(const WinogradConv& p, int64_t panel, int64
       }
     }
   }
-  for (int i = 0; i < W; ++i) {
-    if (check[i] != check[i]) return false;
-  }
-  return true;
+  return all_finite(check);
 }
 
 constexpr WinogradGradientKernels winograd_gradient_table = {kPanel,

@@ -79,7 +79,7 @@ def logits_error(logits: np.ndarray, task: Task) -> dict[str, float]:
 
 class Eager(Contender):
     title = "eager"
-    modes = ("infer",)  # in training its slower layout would cost a minute and tell nothing
+    modes: tuple[str, ...] = ("infer",)  # in training its slower layout would cost a minute and tell nothing
     layout = torch.contiguous_format
     compute_dtype: torch.dtype | None = None  # the task's own
 

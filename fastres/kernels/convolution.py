@@ -64,7 +64,11 @@ def prepare(
     """Packs `weight` for inputs like `x`. Returns run(x, residual, relu)."""
     shape, geometry, conv = list(weight.shape), (stride, padding, dilation, groups), torch.ops.fastres_cpu.conv.default
     kind = method(x, weight, *geometry)
-    packed = torch.ops.fastres_cpu.conv_pack.default(weight.float(), x.shape, *geometry, kind)
+    pack = torch.ops.fastres_cpu.conv_pack.default
+    packed = pack(weight.float(), x.shape, *geometry, kind)
+    if not packed.numel():  # Winograd's transform of the weight overflows, or the weight is not finite
+        kind = 1
+        packed = pack(weight.float(), x.shape, *geometry, kind)
     bias = None if bias is None else bias.float().contiguous()
 
     def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -97,17 +101,20 @@ def convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, geometry: tuple[Any, ...], needed: tuple[bool, bool, bool]
 ) -> list[Tensor | None]:
     """The gradients of x, weight and bias that are needed, for the gradient of the output."""
-    stride, padding, dilation, groups = geometry
-    if why_not(x, weight, None, None, *geometry) is not None:
+    ops, dtype = torch.ops.fastres_cpu, x.dtype
+    served = why_not(x, weight, None, None, *geometry) is None
+    grad = _nhwc(grad) if served else grad
+    grad_x = grad_weight = grad_bias = None
+    if served and needed[0]:
+        grad_x = ops.conv_backward_input.default(grad, weight.float(), x.shape, *geometry, config.winograd)
+        served = grad_x.numel() > 0  # none where the weight is not finite
+    if not served:
+        stride, padding, dilation, groups = geometry
         bias_sizes = [weight.shape[0]] if has_bias else None
         return torch.ops.aten.convolution_backward(
-            grad, x, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)
+            grad.to(dtype), x, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)
         )
-    ops, dtype = torch.ops.fastres_cpu, x.dtype
-    grad_x = grad_weight = grad_bias = None
-    grad = _nhwc(grad)
-    if needed[0]:
-        grad_x = ops.conv_backward_input.default(grad, weight.float(), x.shape, *geometry, config.winograd)
+    if grad_x is not None:
         grad_x = layout.in_format(grad_x, torch.channels_last).to(dtype)
     if needed[1]:
         grad_weight = ops.conv_backward_weight.default(grad, _nhwc(x), weight.shape, *geometry, config.winograd)
