@@ -10,8 +10,8 @@ from fastres.kernels import extension
 def empty_cache() -> None:
     """Gives the unused large buffers of the CPU kernels back to the operating system.
 
-    The kernels keep them for the next call, because fresh memory costs a page fault every 4 KB: at most a quarter more
-    than what was in use at one time.
+    The kernels keep them for the next call, because fresh memory costs a page fault every 4 KB. All buffers together
+    are at most a quarter more than what was in use at one time, or 256 MB more than is in use.
     """
     if extension.available():
         torch.ops.fastres_cpu.empty_cache()

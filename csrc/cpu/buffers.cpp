@@ -1,5 +1,6 @@
 #include "buffers.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int64_t kSmallest = 1 << 20;  // smaller ones stay with the ordinary allocator, which keeps them
 constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kAlways = 256 << 20;  // so much may be kept whatever was in use
 
 void* system_allocate(int64_t bytes) {
   void* data = nullptr;
@@ -50,7 +52,7 @@ class Cache {
         kept_ -= bytes;
       }
       peak_ = used_ > peak_ ? used_ : peak_;
-      if (data == nullptr) shrink(peak_ + peak_ / 4 - used_, &dropped);
+      if (data == nullptr) shrink(std::max(peak_ + peak_ / 4 - used_, kAlways), &dropped);
     }
     for (void* old : dropped) std::free(old);
     return data != nullptr ? data : system_allocate(bytes);
