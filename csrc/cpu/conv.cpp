@@ -53,21 +53,19 @@ void run_gemm(const GemmConv& conv) {
   const int64_t pixels = conv.images * conv.grid_height * conv.grid_width, rows = kernels.tile_rows;
   if (pixels == 0) return;
   const int64_t panels = divide_up(conv.channels, kernels.panel), threads = torch::stable::get_num_threads();
-  int64_t block = std::clamp<int64_t>(kCacheFloats / std::max<int64_t>(conv.depth, 1), 4 * rows, 32 * rows);
+  const int64_t block = std::clamp<int64_t>(kCacheFloats / std::max<int64_t>(conv.depth, 1), 4 * rows, 32 * rows);
   int64_t blocks = divide_up(pixels, block), parts = 1;
-  if (blocks < threads || conv.taps * conv.channels > 4 * pixels) {
-    parts = std::min(panels, divide_up(threads, blocks));
+  if (conv.taps * conv.channels > 2 * pixels || blocks < threads) {
+    parts = std::min(panels, threads);  // more weights than input: each thread reads its part of them
   } else {
     blocks = divide_up(blocks, threads) * threads;  // the same number for each thread
   }
-  block = divide_up(divide_up(pixels, blocks), rows) * rows;
-  blocks = divide_up(pixels, block);
   torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<const void*> table((conv.taps + 1) * block);
+    std::vector<const void*> table((conv.taps + 1) * divide_up(pixels, blocks));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % blocks * block, part = task / blocks;
-      kernels.run(conv, first, std::min(first + block, pixels), part * panels / parts, (part + 1) * panels / parts,
-                  table.data());
+      const int64_t i = task % blocks, part = task / blocks;
+      kernels.run(conv, i * pixels / blocks, (i + 1) * pixels / blocks, part * panels / parts,
+                  (part + 1) * panels / parts, table.data());
     }
   });
 }
@@ -141,13 +139,13 @@ bool winograd_fits(const Geometry& g) {
          g.dilation_w == 1 && g.groups == 1 && g.in_channels % lanes == 0 && g.out_channels % lanes == 0;
 }
 
-// Tiles a group has: enough of them to use a panel of weights often, few enough for their transforms to stay in the cache.
-int64_t winograd_group(const WinogradConv& conv, int64_t threads) {
+// Into how many groups the tiles are cut: a group has enough of them to use a panel of weights often, and few enough for their
+// transforms to stay in the cache.
+int64_t winograd_groups(const WinogradConv& conv, int64_t threads) {
   const int64_t rows = winograd_kernels().tile_rows;
-  const int64_t cached = (1 << 16) / (36 * conv.in_channels) / rows * rows;
+  const int64_t cached = (1 << 16) / (36 * conv.in_channels);
   const int64_t group = std::clamp<int64_t>(cached, 4 * rows, 8 * rows);
-  const int64_t groups = divide_up(divide_up(conv.tiles(), group), threads) * threads;
-  return divide_up(divide_up(conv.tiles(), groups), rows) * rows;
+  return divide_up(divide_up(conv.tiles(), group), threads) * threads;
 }
 
 // Returns whether all outputs are finite before the epilogue. If not, an infinity or NaN of x may have reached outputs of its
@@ -155,16 +153,16 @@ int64_t winograd_group(const WinogradConv& conv, int64_t threads) {
 bool run_winograd(const WinogradConv& conv) {
   const WinogradKernels& kernels = winograd_kernels();
   const int64_t threads = torch::stable::get_num_threads(), tiles = conv.tiles();
-  const int64_t group = winograd_group(conv, threads), groups = divide_up(tiles, group);
+  const int64_t groups = winograd_groups(conv, threads), group = divide_up(tiles, groups);
   const int64_t panels = divide_up(conv.out_channels, kernels.panel);
-  const int64_t v_floats = 36 * winograd_plane(group, conv.in_channels),
-                m_floats = 36 * winograd_plane(group, kernels.panel);
+  const int64_t v_floats = 36 * winograd_plane(group, conv.in_channels);
+  const int64_t m_floats = 36 * winograd_plane(group, kernels.panel);
   std::vector<char> finite(std::max(groups, panels) + 1, 1);
-  if (groups >= threads && tiles > 12 * threads) {
+  if (tiles > 12 * threads) {
     torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       const Scratch scratch(v_floats + m_floats);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i * group, count = std::min(group, tiles - first);
+        const int64_t first = i * tiles / groups, count = (i + 1) * tiles / groups - first;
         kernels.transform(conv, first, count, 0, count, scratch.data());
         finite[i] = kernels.multiply(conv, first, count, 0, panels, scratch.data(), scratch.data() + v_floats);
       }

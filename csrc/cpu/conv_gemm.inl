@@ -35,8 +35,8 @@ FASTRES_INLINE void gemm_panel(const GemmConv& p, int64_t panel, int64_t count, 
   vf bias[NV];
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) bias[v] = p.epilogue.bias ? load(p.epilogue.bias + first + v * W) : vf{};
-  for (int64_t i = 0; i < count; i += kTileRows) {
-    tile_of_rows<NV>(count - i, rows + i, count, p.taps, p.depth, weight, [&](int r, int v, vf sum) {
+  for_each_tile(count, [&](int64_t i, int64_t height) {
+    tile_of_rows<NV>(height, rows + i, count, p.taps, p.depth, weight, [&](int r, int v, vf sum) {
       const int64_t place = places[i + r] + first + v * W;
       sum += bias[v];
       if (v == NV - 1 && last_lanes < W) {
@@ -47,7 +47,7 @@ FASTRES_INLINE void gemm_panel(const GemmConv& p, int64_t panel, int64_t count, 
         store(p.y + place, at_least(floor, sum));
       }
     });
-  }
+  });
 }
 
 static void gemm_run(const GemmConv& p, int64_t begin, int64_t end, int64_t first, int64_t last, const void** table) {

@@ -32,6 +32,19 @@ FASTRES_INLINE void tile(const float* const* rows, int64_t row_stride, int64_t t
   }
 }
 
+// f(first, rows) for `count` rows cut into tiles of nearly equal height: a last tile of one or two rows would run at a fraction of
+// the speed, because it has too few sums to hide the latency of an addition.
+template <class F>
+FASTRES_INLINE void for_each_tile(int64_t count, const F& f) {
+  const int64_t tiles = (count + kTileRows - 1) / kTileRows, rows = tiles == 0 ? 0 : count / tiles;
+  const int64_t higher = count - tiles * rows;  // so many tiles have a row more
+  for (int64_t i = 0, first = 0; i < tiles; ++i) {
+    const int64_t height = rows + (i < higher);
+    f(first, height);
+    first += height;
+  }
+}
+
 template <int NV, class Finish>
 FASTRES_INLINE void tile_of_rows(int64_t count, const float* const* rows, int64_t row_stride, int64_t taps,
                                  int64_t depth, const float* b, const Finish& finish) {

@@ -213,12 +213,12 @@ static bool winograd_multiply(const WinogradConv& p, int64_t first, int64_t grou
       for (int64_t position = 0; position < 36; ++position) {
         const float* a = v + position * in_plane;
         float* out = m + position * out_plane;
-        for (int64_t t = 0; t < group; t += kTileRows) {
+        for_each_tile(group, [&](int64_t t, int64_t height) {
           const float* rows[kTileRows];
-          for (int r = 0; r < kTileRows; ++r) rows[r] = a + (t + r) * channels;
-          tile_of_rows<NV>(group - t, rows, 0, 1, channels, weight + position * weight_plane,
+          for (int r = 0; r < height; ++r) rows[r] = a + (t + r) * channels;
+          tile_of_rows<NV>(height, rows, 0, 1, channels, weight + position * weight_plane,
                            [&](int r, int i, vf sum) { store(out + (t + r) * columns + i * W, sum); });
-        }
+        });
       }
     });
     for (int64_t i = 0; i < vectors; ++i) {
