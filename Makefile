@@ -1,6 +1,7 @@
 # Every target sets up what is missing first (scripts/dev.py): the environment, PyTorch, fastres itself.
 PYTHON ?= python3
 DEV = $(PYTHON) scripts/dev.py
+comma := ,
 
 .PHONY: help test bench bench-ops test-matrix test-sanitize lint format clean
 
@@ -9,7 +10,7 @@ help:
 	@echo "make bench          whole networks against other engines         ARGS='resnet34 --mode infer' goes to fastres bench"
 	@echo "make bench-ops      every op at the shapes of real layers        ARGS goes to pytest"
 	@echo "make test-matrix    the tests with the oldest, a middle and the newest PyTorch"
-	@echo "make test-sanitize  the kernels under a sanitizer                KIND=undefined (default) or address"
+	@echo "make test-sanitize  the kernels under a sanitizer                KIND=undefined or address (default: both)"
 	@echo "make lint           ruff, clang-format, mypy"
 	@echo "make format         ruff and clang-format mend what they can"
 	@echo "make clean          remove what was built, and .venv"
@@ -27,7 +28,7 @@ test-matrix:
 	@$(PYTHON) scripts/matrix.py $(ARGS)
 
 test-sanitize:
-	@$(DEV) python scripts/sanitize.py $(or $(KIND),undefined) $(ARGS)
+	@$(DEV) python scripts/sanitize.py $(or $(KIND),address$(comma)undefined) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .venv .venv-matrix .pytest_cache .mypy_cache .ruff_cache fastres/*.so fastres/_build_info.json

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Compiles the kernels with a sanitizer, in a copy of the sources, and runs their tests.
 
-    make test-sanitize KIND=undefined | address [ARGS="pytest arguments"]
+    make test-sanitize [KIND=undefined | address] [ARGS="pytest arguments"]
+
+Without KIND both at once.
 
 Only undefined behaviour and memory errors of csrc/ are found: PyTorch itself is not instrumented.
 """
@@ -49,7 +51,7 @@ def preload(compiler: str) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in ("undefined", "address"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("undefined", "address", "address,undefined"):
         sys.exit(__doc__)
     kind, arguments = sys.argv[1], sys.argv[2:]
     target = ROOT / "build" / f"sanitize-{kind}"
@@ -60,7 +62,7 @@ def main() -> None:
     if built.returncode or not any(target.glob("fastres/_C*")):
         sys.exit(f"{built.stdout}{built.stderr}\nsanitize: the kernels do not compile")
     environment |= OPTIONS
-    if kind == "address":
+    if "address" in kind:
         environment["LD_PRELOAD"] = preload(os.environ.get("CXX", "g++"))
     for command in (["-c", CHECK], ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *(arguments or TESTS)]):
         done = subprocess.run([sys.executable, *command], cwd=target, env=environment)
