@@ -17,7 +17,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["tests/test_kernels_cpu.py", "tests/test_convolution.py"]
+TESTS = [
+    "tests/test_kernels_cpu.py",
+    *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_convolution*.py")),
+]
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",  # Python and PyTorch leak at exit
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from fastres.bench.task import Task, build_model
 
 
-class Contender:
+class Contender(ABC):
     """One way to run a network.
 
     Attributes:
@@ -47,20 +48,20 @@ class Contender:
             return f"not measured in {dtype}"
         return None if device in cls.devices else f"not measured on {device}"
 
-    @classmethod
+    @classmethod  # noqa: B027  most need nothing
     def imports(cls) -> None:
         """Import what it needs, so that memory can be counted without libraries."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
 
+    @abstractmethod
     def setup(self) -> None:
         """Everything from a model in memory to the first result."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self) -> None:
         """One iteration, finished when it returns."""
-        raise NotImplementedError
 
     def after_setup(self) -> dict[str, Any]:
         """What is to be said once it is set up: the error of its first result against float64."""

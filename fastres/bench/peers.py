@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,13 @@ class Peer(Contender):
         super().__init__(task)
         self.images = np.array(np.load(f"{task.folder}/images.npy", mmap_mode="r")[: task.batch])
 
+    @abstractmethod
     def load(self) -> None:
-        raise NotImplementedError
+        """Read the exported model."""
 
+    @abstractmethod
     def logits(self) -> np.ndarray:
-        raise NotImplementedError
+        """One inference."""
 
     def setup(self) -> None:
         self.load()

@@ -45,7 +45,7 @@ def _forget_peak() -> None:
 
 class Worker:
     def __init__(self) -> None:
-        self.kind: type[Contender] = Contender
+        self.kind: type[Contender]  # set by `start`
         self.contender: Contender | None = None
         self.baseline = 0
         self.device = "cpu"

@@ -1,8 +1,7 @@
 """fastres::conv_bias_act: y = act(conv(x, weight) + bias + residual), the inference form of a block once batch norm is
 folded.
 
-`weight` may be a packed one (fastres/kernels/onednn.py); that form has no gradient. Otherwise x, weight and y are
-saved.
+Saved for backward: x, weight and, with ReLU, y.
 """
 
 from __future__ import annotations
