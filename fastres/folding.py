@@ -46,6 +46,24 @@ def geometry(conv: nn.Conv2d) -> Geometry:
     return [*conv.stride], [*conv.padding], [*conv.dilation], conv.groups
 
 
+def conv_tensors(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias. From the dictionary, because Module.__getattr__ would take a share of a small network's time."""
+    try:
+        parameters = conv._parameters
+        return parameters["weight"], parameters["bias"]  # type: ignore[return-value]
+    except KeyError:  # replaced by plain attributes
+        return conv.weight, conv.bias
+
+
+def batch_norm_tensors(bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    """Weight, bias, running mean and variance."""
+    try:
+        parameters, buffers = bn._parameters, bn._buffers
+        return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
+    except KeyError:
+        return bn.weight, bn.bias, bn.running_mean, bn.running_var
+
+
 def folded(
     conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor
 ) -> tuple[Callable[[Tensor, Tensor | None, bool], Tensor], tuple[int, ...]] | None:
@@ -60,24 +78,31 @@ def folded(
     Raises:
         RuntimeError: if x does not fit the convolution.
     """
-    if not config.keep_folded_weights or torch.compiler.is_compiling() or registration.autocast_enabled(x.device.type):
+    if not config.keep_folded_weights or torch.compiler.is_compiling() or registration.autocast_enabled("cpu"):
         return None
-    if x.device.type != "cpu" or not extension.available() or x.dtype is torch.float64 or not x.numel():
+    if not x.is_cpu or not extension.available() or x.dtype is torch.float64 or not x.numel():
         return None
-    sources: tuple[Tensor | None, ...] = (conv.weight, conv.bias)
+    sources: tuple[Tensor | None, ...] = conv_tensors(conv)
     if bn is not None:
-        sources += (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+        sources += batch_norm_tensors(bn)
+        if sources[4] is None:
+            return None  # no running statistics
     tensors = [t for t in sources if t is not None]
     made_from = (
-        tuple([(id(t), -1 if t.is_inference() else t._version) for t in tensors]),
+        [id(t) if t.is_inference() else (id(t), t._version) for t in tensors],
         torch.ops.fastres_cpu.fingerprint.default(tensors),
         None if bn is None else bn.eps,
         (conv.stride, conv.padding, conv.dilation, conv.groups),
     )
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    inputs = (x.shape, x.dtype, channels_last, config.winograd, table.setting())
+    inputs = (
+        x.shape,
+        x.dtype,
+        x.is_contiguous(memory_format=torch.channels_last),
+        config.winograd,
+        table.setting(),
+    )
     entry = _entries.get(conv)
-    if entry is None or entry.made_from != made_from or entry.inputs != inputs:
+    if entry is None or entry.inputs != inputs or entry.made_from != made_from:
         shape = functional.check_convolution(x, conv.weight, conv.bias, geometry(conv))
         plan = _plan(conv, x)
         if entry is not None and entry.made_from == made_from and entry.plan == plan:

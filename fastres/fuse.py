@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastres import folding, sites
+from fastres import folding, replay, sites
 from fastres.recipes import fused_class
 from fastres.recipes.residual import FusedModule
 from fastres.report import FuseReport, Row
@@ -62,6 +62,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
             original: Any = module.unfused_class()
             module.__class__ = original
     folding.forget(model)
+    replay.forget(model)
     return model
 
 
@@ -70,6 +71,7 @@ def refresh_(model: nn.Module) -> nn.Module:
     single values of a weight behind autograd's back (through `.data`, NumPy or a raw pointer); every other change is
     noticed. Returns `model`."""
     folding.forget(model)
+    replay.forget(model)
     return model
 
 

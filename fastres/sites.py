@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import folding, functional
-from fastres.kernels import table
+from fastres import config, folding, functional, replay
+from fastres.kernels import convolution as convolution_kernel
+from fastres.kernels import extension, table
 from fastres.ops import registration
+from fastres.ops.bn_act_maxpool import pooled
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GLOBAL_HOOKS = (
@@ -57,6 +59,30 @@ def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.
     return reason
 
 
+def chain_of_blocks(
+    owner: nn.Module, parts: tuple[str, ...], forwards: tuple[Any, ...], x: Tensor, forward: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """forward(x), which runs the modules `parts` of `owner` one after the other; in inference by fastres.replay.
+
+    Args:
+        forwards: of the fused blocks among them.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or _listener is not None
+        or not config.keep_folded_weights
+        or _input_blocked(x) is not None
+        or not x.is_cpu
+        or not extension.available()
+        or registration.autocast_enabled("cpu")
+    ):
+        return forward(x)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    inputs = (x.shape, x.dtype, channels_last, config.winograd, table.setting())
+    return replay.chain_of_blocks(owner, parts, forwards, x, inputs, forward)
+
+
 def _input_blocked(x: Any) -> str | None:
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"input is a {type(x).__name__}, not a plain tensor"
@@ -73,7 +99,7 @@ def _input_blocked(x: Any) -> str | None:
             return "inside a torch.func transform"
         if torch.autograd.forward_ad._current_level >= 0:
             return "forward-mode differentiation"
-        if torch.jit.is_tracing():
+        if torch._C._is_tracing():
             return "torch.jit.trace"
     return None
 
@@ -82,9 +108,9 @@ def _children_blocked(x: Tensor, children: dict[str, nn.Module]) -> str | None:
     cast = registration.autocast_enabled(x.device.type)
     for role, child in children.items():
         reason = child_blocked(role, child)
-        if reason is None and isinstance(child, nn.Conv2d):
+        if reason is None and type(child) is nn.Conv2d:
             reason = _conv_blocked(child, x, cast)
-        elif reason is None and isinstance(child, nn.BatchNorm2d):
+        elif reason is None and type(child) is nn.BatchNorm2d:
             reason = _batch_norm_blocked(child, x)
         if reason:
             return reason
@@ -102,7 +128,7 @@ _ROLES: dict[str, tuple[type[nn.Module], Any]] = {
 
 def child_blocked(role: str, child: nn.Module) -> str | None:
     """Why a child may not be replaced by fused code whatever its input is, or None."""
-    wanted, forward = _ROLES[role.rstrip("0123456789")]
+    wanted, forward = _ROLES.get(role) or _ROLES[role.rstrip("0123456789")]
     kind = type(child)
     if kind is not wanted:
         return f"{role} is a {kind.__name__}, not a plain {wanted.__name__}"
@@ -112,13 +138,13 @@ def child_blocked(role: str, child: nn.Module) -> str | None:
         return f"hooks on {role}"
     if "forward" in child.__dict__:
         return f"{role} has its own forward"
-    if isinstance(child, nn.Conv2d) and (child.padding_mode != "zeros" or isinstance(child.padding, str)):
+    if kind is nn.Conv2d and (child.padding_mode != "zeros" or isinstance(child.padding, str)):
         return f"padding {child.padding!r}, mode {child.padding_mode!r}"
-    return _max_pool_blocked(child) if isinstance(child, nn.MaxPool2d) else None
+    return _max_pool_blocked(child) if kind is nn.MaxPool2d else None
 
 
 def _conv_blocked(conv: nn.Conv2d, x: Tensor, cast: bool) -> str | None:
-    weight = conv.weight
+    weight, _ = folding.conv_tensors(conv)
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
         return f"convolution weight is a {type(weight).__name__}"
     if weight.device != x.device:
@@ -129,19 +155,22 @@ def _conv_blocked(conv: nn.Conv2d, x: Tensor, cast: bool) -> str | None:
 
 
 def _batch_norm_blocked(bn: nn.BatchNorm2d, x: Tensor) -> str | None:
-    mean, var = bn.running_mean, bn.running_var
+    weight, bias, mean, var = folding.batch_norm_tensors(bn)
     if (mean is None) != (var is None):
         return "one of the running statistics is None"
     if bn.eps < 0 or (bn.eps == 0 and (bn.training or mean is None)):
         return f"eps {bn.eps}"  # eager's own error
-    tensors = [t for t in (bn.weight, bn.bias, mean, var) if t is not None]
-    for t in tensors:
+    device, dtype = x.device, None
+    for t in (weight, bias, mean, var):
+        if t is None:
+            continue
         if type(t) is not nn.Parameter and type(t) is not Tensor:
             return f"a batch-norm tensor is a {type(t).__name__}"
-        if t.device != x.device:
-            return f"input on {x.device}, batch norm on {t.device}"
-        if not functional.may_normalise(x.dtype, t.dtype) or t.dtype is not tensors[0].dtype:
+        if t.device != device:
+            return f"input on {device}, batch norm on {t.device}"
+        if t.dtype is not dtype and (dtype is not None or not functional.may_normalise(x.dtype, t.dtype)):
             return f"input is {x.dtype}, batch norm {t.dtype}"
+        dtype = t.dtype
     return None
 
 
@@ -193,7 +222,7 @@ def bn_act(bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None =
 def bn_act_maxpool(bn: nn.BatchNorm2d, pool: Any, x: Tensor, *, act: str) -> Tensor:
     """pool(act(bn(x))) with the modules' attributes as they are now."""
     training, momentum, counter = _tracked(bn)
-    return functional.bn_act_maxpool(
+    y = functional.bn_act_maxpool(
         x,
         *_running(bn),
         bn.weight,
@@ -207,14 +236,42 @@ def bn_act_maxpool(bn: nn.BatchNorm2d, pool: Any, x: Tensor, *, act: str) -> Ten
         stride=pool.stride,
         padding=pool.padding,
     )
+    replay.note(lambda x, residual, relu: bn_act_maxpool(bn, pool, x, act=act), x, None, act == "relu", y)
+    return y
+
+
+def stem(block: nn.Module, x: Tensor, conv: Any, bn: Any, relu: Any, maxpool: Any) -> Tensor | None:
+    """maxpool(relu(bn(conv(x)))) of `block` in one pass, in inference and where that is legal and a kernel has it; else
+    None."""
+    children = {"conv": conv, "bn": bn, "relu": relu, "maxpool": maxpool}
+    if _input_blocked(x) or _children_blocked(x, children) or bn.training:
+        return None
+    if torch.is_grad_enabled() and _wants_gradient(conv, bn, x, None):
+        return None
+    kept = folding.folded(conv, bn, x)
+    if kept is None or not isinstance(kept[0], convolution_kernel.Packed):
+        return None
+    window = (maxpool.kernel_size, maxpool.stride, maxpool.padding)
+    run = kept[0].then_maxpool(*window)
+    if run is None or min(pooled(size, *window) for size in kept[1][2:]) < 1:  # eager has its own error for that
+        return None
+    if _listener is not None:
+        _listener(block, None)
+    y = run(x, None, True)
+    replay.note(run, x, None, True, y)
+    return y
 
 
 def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """conv(x): in inference with packed weights, else conv_bias_act; the module itself where that is not legal."""
     if _input_blocked(x) or _children_blocked(x, {"conv": conv}) or x.dtype is torch.float64:
         return conv(x)
-    if not _wants_gradient(x, conv.weight, conv.bias) and (kept := folding.folded(conv, None, x)):
-        return kept[0](x, None, False)
+    if not (torch.is_grad_enabled() and _wants_gradient(conv, None, x, None)) and (
+        kept := folding.folded(conv, None, x)
+    ):
+        y = kept[0](x, None, False)
+        replay.note(kept[0], x, None, False, y)
+        return y
     stride, padding, dilation, groups = folding.geometry(conv)
     return functional.conv_bias_act(
         x,
@@ -230,11 +287,12 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None = None) -> Tensor:
     """act(bn(conv(x)) + residual): in inference one convolution with folded, packed weights, else conv_bn_act."""
-    inference = not bn.training and bn.running_mean is not None
-    if inference and not _wants_gradient(conv.weight, conv.bias, bn.weight, bn.bias, x, residual):
+    if not bn.training and not (torch.is_grad_enabled() and _wants_gradient(conv, bn, x, residual)):
         kept = folding.folded(conv, bn, x)
         if kept is not None and (residual is None or _fits(residual, kept[1], x)):
-            return kept[0](x, residual, act == "relu")
+            y = kept[0](x, residual, act == "relu")
+            replay.note(kept[0], x, residual, act == "relu", y)
+            return y
     geometry = folding.geometry(conv)
     # Its errors come before the batch is counted.
     shape = functional.check_convolution(x, conv.weight, conv.bias, geometry)
@@ -270,9 +328,11 @@ def _fits(residual: Any, shape: Any, x: Tensor) -> bool:
 
 
 def _add_separately(y: Tensor, residual: Any, act: str) -> Tensor:
+    replay.spoil()
     y += residual
     return y.relu() if act == "relu" else y
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _wants_gradient(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor, residual: Tensor | None) -> bool:
+    tensors = (x, residual, conv.weight, conv.bias, *((bn.weight, bn.bias) if bn is not None else ()))
+    return any(t is not None and t.requires_grad for t in tensors)

@@ -14,7 +14,7 @@ if not extension.available():
 
 OPS = torch.ops.fastres_cpu
 NHWC = torch.channels_last
-GEMM, WINOGRAD = 1, 2
+GEMM, WINOGRAD, WINOGRAD2 = 1, 2, 3  # WINOGRAD2: F(2x2, 3x3), as exact as the direct way
 INF, NAN = float("inf"), float("nan")
 NAMES = ("y", "grad_x", "grad_weight")
 
@@ -53,7 +53,7 @@ class Conv:
         full = [d * (n - 1) - p for n, p, d in zip(kernel, self.padding, self.dilation, strict=True)]
         if self.stride == (1, 1) and min(full) >= 0:
             back = OPS.conv_method(self.y, (c, k, *kernel), self.stride, full, self.dilation, 1, winograd)
-        return method, back, method
+        return method, back, GEMM if method == GEMM else WINOGRAD
 
     def tensors(self):
         """x, weight, bias, residual, grad_y."""

@@ -22,7 +22,7 @@ LAYERS = (
     ("kernels",),
     ("ops",),
     ("functional", "memory"),
-    ("folding",),
+    ("folding", "replay"),
     ("report", "sites"),
     ("nn", "recipes", "models", "fuse", "explain", "images", "testing"),
     ("verify", "bench", "doctor"),

@@ -176,7 +176,7 @@ def small_model():
 
 
 def test_steady_state_of_inference(one_thread):
-    model, x = small_model().eval(), nhwc(8, 3, 64, 64)
+    model, x = small_model().eval(), nhwc(8, 3, 128, 128)
     kept = []
     with torch.no_grad():
         for _ in range(6):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from _convolution import GEMM, NAMES, NHWC, WINOGRAD, Conv, check, forward, fused, square
+from _convolution import GEMM, INF, NAMES, NHWC, OPS, WINOGRAD, WINOGRAD2, Conv, check, forward, fused, square
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -156,6 +156,27 @@ def test_winograd_agrees_with_the_direct_way(channels, pixels):
     for name, fast, direct in zip(NAMES, fused(conv, tensors), fused(conv, tensors, winograd=False), strict=True):
         assert not torch.equal(fast, direct), f"{name}: the same method twice"
         assert relative_error(fast, direct) < 5e-6, name
+
+
+@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "plain"])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 7), (14, 14), (5, 18)], ids=str)
+@pytest.mark.parametrize("channels", [(16, 16), (64, 48), (512, 32)], ids=str)
+def test_small_tiles_of_winograd_are_as_exact_as_the_direct_way(channels, size, with_residual):
+    c, k = channels
+    conv = Conv((2, c, *size), (k, c, 3, 3), padding=(1, 1))
+    x, weight, bias, residual, _ = conv.tensors()
+    residual = residual if with_residual else None
+    y = {}
+    for method in (GEMM, WINOGRAD2):
+        packed = OPS.conv_pack(weight, conv.x, *conv.geometry, method)
+        y[method] = OPS.conv(x, packed, conv.weight, bias, residual, *conv.geometry, True, method)
+    truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    truth = F.relu(truth if residual is None else truth + residual)
+    assert relative_error(y[WINOGRAD2], truth) <= max(1.5 * relative_error(y[GEMM], truth), 4e-7)
+    x[0, 0, 0, 0] = INF
+    got = OPS.conv(x, packed, conv.weight, bias, residual, *conv.geometry, False, WINOGRAD2)
+    want = F.conv2d(x, weight, bias, padding=1)
+    assert torch.equal(got.isfinite(), want.isfinite())
 
 
 #: Served by Winograd and by the matrix product; the last with rows of the kernel as taps.

@@ -7,7 +7,22 @@ from copy import deepcopy
 
 import pytest
 import torch
-from _convolution import GEMM, NAMES, NAN, NHWC, OPS, WINOGRAD, Conv, forward, fused, grad_weight, grad_x, nhwc, square
+from _convolution import (
+    GEMM,
+    NAMES,
+    NAN,
+    NHWC,
+    OPS,
+    WINOGRAD,
+    WINOGRAD2,
+    Conv,
+    forward,
+    fused,
+    grad_weight,
+    grad_x,
+    nhwc,
+    square,
+)
 
 import fastres
 from fastres import functional, models
@@ -86,7 +101,10 @@ def test_method():
     others = [(1, 1, 0, 1), (5, 1, 2, 1), (3, 2, 1, 1), (3, 1, 2, 2)]
     for size, stride, padding, dilation in others:
         assert square(64, 64, size, stride, padding, 14, dilation).method() == GEMM
-    assert square(64, 64, 3, 1, 1, 2).method() == GEMM  # most of a tile would be thrown away
+    assert square(64, 64, 3, 1, 1, 2).method() == WINOGRAD2  # most of a larger tile would be thrown away
+    assert square(64, 64, 3, 1, 1, 1).method() == GEMM
+    assert square(512, 512, 3, 1, 1, 7).method() == WINOGRAD2  # fewer weights to read
+    assert square(512, 512, 3, 1, 1, 7, batch=16).method() == WINOGRAD
     for groups in (2, 64):
         args = ((1, 64, 14, 14), (64, 64 // groups, 3, 3), (1, 1), (1, 1), (1, 1), groups, True)
         assert OPS.conv_method(*args) == 0
@@ -144,7 +162,7 @@ def test_one_layer_with_shapes_that_need_different_methods():
     exact = deepcopy(plain).double()
     shapes = [(2, 32, 2, 2), (2, 32, 14, 14), (1, 32, 1, 1), (3, 32, 14, 13), (1, 32, 3, 3), (2, 32, 2, 2)]
     methods = {Conv(shape, (32, 32, 3, 3), padding=(1, 1)).method() for shape in shapes}
-    assert methods == {GEMM, WINOGRAD}
+    assert methods == {GEMM, WINOGRAD, WINOGRAD2}
     with torch.no_grad():
         for shape in shapes * 2:
             x = nhwc(*shape)
@@ -195,6 +213,7 @@ def bad_calls():
         "channels of x": (run(x=nhwc(2, 17, 14, 14)), "channels do not match"),
         "short packed": (run(packed=packed[GEMM][:-1]), "packed weight does not fit"),
         "packed for Winograd": (run(packed=packed[WINOGRAD]), "packed weight does not fit"),
+        "packed for larger tiles": (run(packed=packed[WINOGRAD], method=WINOGRAD2), "packed weight does not fit"),
         "packed for the matrix product": (run(packed=packed[GEMM], method=WINOGRAD), "packed weight does not fit"),
         "float16 packed": (run(packed=packed[GEMM].half()), "packed weight"),
         "packed with gaps": (run(packed=packed[GEMM][:1].expand(packed[GEMM].numel())), "packed weight"),

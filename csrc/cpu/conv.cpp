@@ -41,8 +41,8 @@ bool pack_gemm(const WeightView& view, const Taps& taps, float* packed) {
   });
 }
 
-bool pack_winograd(const WeightView& view, float* packed) {
-  const WinogradKernels& kernels = winograd_kernels();
+bool pack_winograd(const WeightView& view, int64_t tile, float* packed) {
+  const WinogradKernels& kernels = winograd_kernels(tile);
   return pack_panels(view.out_channels, kernels.panel, [&](int64_t i) { return kernels.pack(view, i, packed); });
 }
 
@@ -60,12 +60,18 @@ void run_gemm(const GemmConv& conv) {
   } else {
     blocks = divide_up(blocks, threads) * threads;  // the same number for each thread
   }
-  torch::stable::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(parts > 1 ? parts : blocks, [&](const auto& take) {
     std::vector<const void*> table((conv.taps + 1) * divide_up(pixels, blocks));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t i = task % blocks, part = task / blocks;
-      kernels.run(conv, i * pixels / blocks, (i + 1) * pixels / blocks, part * panels / parts,
+    const auto run = [&](int64_t block_index, int64_t part) {
+      kernels.run(conv, block_index * pixels / blocks, (block_index + 1) * pixels / blocks, part * panels / parts,
                   (part + 1) * panels / parts, table.data());
+    };
+    for (int64_t task = take(); task >= 0; task = take()) {
+      if (parts == 1) {
+        run(task, 0);
+      } else {
+        for (int64_t i = 0; i < blocks; ++i) run(i, task);
+      }
     }
   });
 }
@@ -90,17 +96,16 @@ void pad(const Geometry& g, const float* x, float* out) {
   });
 }
 
-void conv_gemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y) {
-  const Taps taps = forward_taps(g);
+ForwardGemm::ForwardGemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y)
+    : taps(forward_taps(g)),
+      copy(g.rows_as_taps() ? g.images * (g.height + 2 * g.pad_h) * (g.width + 2 * g.pad_w) * g.in_channels : 1),
+      zeros(taps.pixels * g.group_in()) {
   const bool padded = g.rows_as_taps();
-  const Scratch copy(padded ? g.images * (g.height + 2 * g.pad_h) * (g.width + 2 * g.pad_w) * g.in_channels : 1);
   if (padded) pad(g, x, copy.data());
-  const int64_t depth = taps.pixels * g.group_in();
-  const std::vector<float> zeros(depth);
-  GemmConv conv{};
   conv.images = g.images;
   conv.grid_height = conv.y_height = g.out_height;
   conv.grid_width = conv.y_width = g.out_width;
+  conv.x = padded ? copy.data() : x;
   conv.height = padded ? g.height + 2 * g.pad_h : g.height;
   conv.width = padded ? g.width + 2 * g.pad_w : g.width;
   conv.x_pixel = g.in_channels;
@@ -109,22 +114,27 @@ void conv_gemm(const Geometry& g, const float* x, const float* packed, const Epi
   conv.taps = taps.count();
   conv.tap_h = taps.h.data();
   conv.tap_w = taps.w.data();
-  conv.depth = depth;
+  conv.depth = taps.pixels * g.group_in();
   conv.zeros = zeros.data();
+  conv.y = y;
   conv.y_pixel = g.out_channels;
   conv.y_step_h = conv.y_step_w = 1;
   conv.channels = g.group_out();
-  const int64_t floats = gemm_floats(taps, g.group_in(), g.group_out());
+  conv.weight = packed;
+  conv.epilogue = epilogue;
+}
+
+void conv_gemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y) {
+  const ForwardGemm whole(g, x, packed, epilogue, y);
+  const int64_t floats = gemm_floats(whole.taps, g.group_in(), g.group_out());
   for (int64_t group = 0; group < g.groups; ++group) {
     const int64_t out = group * g.group_out();
-    conv.x = (padded ? copy.data() : x) + group * g.group_in();
-    conv.y = y + out;
-    conv.weight = packed + group * floats;
+    GemmConv conv = whole.conv;
+    conv.x += group * g.group_in();
+    conv.y += out;
+    conv.weight += group * floats;
     std::vector<float> bias;
-    if (epilogue.bias) {
-      bias.assign(epilogue.bias + out, epilogue.bias + out + g.group_out());
-      bias.resize(padded_channels(g.group_out()));
-    }
+    if (epilogue.bias) bias = padded_bias(epilogue.bias + out, g.group_out());
     conv.epilogue = {epilogue.bias ? bias.data() : nullptr, epilogue.residual ? epilogue.residual + out : nullptr,
                      epilogue.relu};
     run_gemm(conv);
@@ -134,54 +144,66 @@ void conv_gemm(const Geometry& g, const float* x, const float* packed, const Epi
 namespace {
 
 bool winograd_fits(const Geometry& g) {
-  const int64_t lanes = winograd_kernels().lanes;
+  const int64_t lanes = winograd_kernels(4).lanes;
   return g.kernel_h == 3 && g.kernel_w == 3 && g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 &&
          g.dilation_w == 1 && g.groups == 1 && g.in_channels % lanes == 0 && g.out_channels % lanes == 0;
 }
 
-// Into how many groups the tiles are cut: a group has enough of them to use a panel of weights often, and few enough for their
-// transforms to stay in the cache.
-int64_t winograd_groups(const WinogradConv& conv, int64_t threads) {
-  const int64_t rows = winograd_kernels().tile_rows;
-  const int64_t cached = (1 << 16) / (36 * conv.in_channels);
-  const int64_t group = std::clamp<int64_t>(cached, 4 * rows, 8 * rows);
-  return divide_up(divide_up(conv.tiles(), group), threads) * threads;
-}
-
 // Returns whether all outputs are finite before the epilogue. If not, an infinity or NaN of x may have reached outputs of its
 // tile that it has no part in, and the caller has to compute them the direct way.
+//
+// Tiles go in groups whose transforms stay in L2, panel after panel of the weights from products to outputs. Weights too large for
+// any cache are read once: by all tiles, position by position, and divided between the threads. So are those of few tiles.
 bool run_winograd(const WinogradConv& conv) {
-  const WinogradKernels& kernels = winograd_kernels();
-  const int64_t threads = torch::stable::get_num_threads(), tiles = conv.tiles();
-  const int64_t groups = winograd_groups(conv, threads), group = divide_up(tiles, groups);
-  const int64_t panels = divide_up(conv.out_channels, kernels.panel);
-  const int64_t v_floats = 36 * winograd_plane(group, conv.in_channels);
-  const int64_t m_floats = 36 * winograd_plane(group, kernels.panel);
-  std::vector<char> finite(std::max(groups, panels) + 1, 1);
-  if (tiles > 12 * threads) {
-    torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(v_floats + m_floats);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i * tiles / groups, count = (i + 1) * tiles / groups - first;
-        kernels.transform(conv, first, count, 0, count, scratch.data());
-        finite[i] = kernels.multiply(conv, first, count, 0, panels, scratch.data(), scratch.data() + v_floats);
-      }
-    });
-  } else {  // few tiles: the threads share them and divide the weights, which then are read only once
-    const Scratch v(36 * winograd_plane(tiles, conv.in_channels));
-    torch::stable::parallel_for(
-        0, tiles, 1, [&](int64_t begin, int64_t end) { kernels.transform(conv, 0, tiles, begin, end, v.data()); });
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      const Scratch m(36 * winograd_plane(tiles, kernels.panel));
-      finite[begin] = kernels.multiply(conv, 0, tiles, begin, end, v.data(), m.data());
-    });
+  const WinogradKernels& kernels = winograd_kernels(conv.tile);
+  const int64_t threads = torch::stable::get_num_threads(), tiles = conv.tiles(), rows = kernels.tile_rows;
+  const int64_t panels = divide_up(conv.out_channels, kernels.panel), positions = conv.positions();
+  constexpr int64_t kLargeWeights = 1 << 22, kCachedGroup = 1 << 16, kCachedPosition = 1 << 15;  // floats
+  const bool large = positions * conv.in_channels * conv.out_channels > kLargeWeights;
+  const int64_t most = large ? std::max<int64_t>(kCachedPosition / conv.in_channels, 8 * rows)
+                             : std::clamp<int64_t>(kCachedGroup / (positions * conv.in_channels), 4 * rows, 8 * rows);
+  const auto room = [&](int64_t group, int64_t range) {
+    return positions * winograd_plane(group, kernels.panel) * (large ? range : 1);
+  };
+  if (panels >= threads && (tiles <= 12 * threads || (large && tiles < conv.out_channels))) {
+    std::vector<char> finite(panels, 1);
+    const int64_t groups = large ? divide_up(tiles, most) : 1;
+    const Scratch v(positions * winograd_plane(divide_up(tiles, groups), conv.in_channels));
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t first = i * tiles / groups, count = (i + 1) * tiles / groups - first;
+      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        kernels.transform(conv, first, count, begin, end, v.data());
+      });
+      const int64_t parts = std::min(panels, 2 * threads);
+      share_tasks(parts, [&](const auto& take) {
+        const Scratch m(room(count, divide_up(panels, parts)));
+        for (int64_t part = take(); part >= 0; part = take()) {
+          const int64_t begin = part * panels / parts, end = (part + 1) * panels / parts;
+          finite[begin] &=
+              kernels.multiply(conv, first, count, begin, end, large ? end - begin : 1, v.data(), m.data());
+        }
+      });
+    }
+    return std::all_of(finite.begin(), finite.end(), [](char ok) { return ok; });
   }
+  const int64_t groups = divide_up(divide_up(tiles, most), threads) * threads, group = divide_up(tiles, groups);
+  std::vector<char> finite(groups, 1);
+  share_tasks(groups, [&](const auto& take) {
+    const int64_t v_floats = positions * winograd_plane(group, conv.in_channels);
+    const Scratch scratch(v_floats + room(group, panels));
+    float *v = scratch.data(), *m = v + v_floats;
+    for (int64_t i = take(); i >= 0; i = take()) {
+      const int64_t first = i * tiles / groups, count = (i + 1) * tiles / groups - first;
+      kernels.transform(conv, first, count, 0, count, v);
+      finite[i] = kernels.multiply(conv, first, count, 0, panels, large ? panels : 1, v, m);
+    }
+  });
   return std::all_of(finite.begin(), finite.end(), [](char ok) { return ok; });
 }
 
 // The direct way with the weights of a packed Winograd convolution, which are recovered to fp32 rounding.
 void conv_without_winograd(const Geometry& g, const WinogradConv& conv) {
-  const WinogradKernels& kernels = winograd_kernels();
+  const WinogradKernels& kernels = winograd_kernels(conv.tile);
   const Scratch plain(9 * g.in_channels * g.out_channels);
   for (int64_t i = 0; i < divide_up(g.out_channels, kernels.panel); ++i) kernels.unpack(conv, i, plain.data());
   const Taps taps = forward_taps(g);
@@ -193,13 +215,15 @@ void conv_without_winograd(const Geometry& g, const WinogradConv& conv) {
 
 }  // namespace
 
-WinogradConv winograd_of(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y) {
-  return {g.images, g.height, g.width, g.in_channels, g.out_height, g.out_width, g.out_channels, g.pad_h, g.pad_w,
-          x,        packed,   y,       epilogue};
+WinogradConv winograd_of(const Geometry& g, int64_t tile, const float* x, const float* packed, const Epilogue& epilogue,
+                         float* y) {
+  return {tile,    g.images, g.height, g.width, g.in_channels, g.out_height, g.out_width, g.out_channels, g.pad_h,
+          g.pad_w, x,        packed,   y,       epilogue};
 }
 
-void conv_winograd(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y) {
-  const WinogradConv conv = winograd_of(g, x, packed, epilogue, y);
+void conv_winograd(const Geometry& g, int64_t tile, const float* x, const float* packed, const Epilogue& epilogue,
+                   float* y) {
+  const WinogradConv conv = winograd_of(g, tile, x, packed, epilogue, y);
   if (!run_winograd(conv)) conv_without_winograd(g, conv);
 }
 
@@ -209,12 +233,24 @@ const float* nhwc(const Tensor& t, const char* name) {
   return static_cast<const float*>(t.const_data_ptr());
 }
 
+// By an estimate of the time, in multiplications for each pair of an input and an output channel. Winograd's transforms cost a fifth
+// more; weights too large for the cache are read from memory on every call, at the price of kRead multiplications a value (both as
+// measured on two cores of Zen 3: 170 GFLOP/s, 25 GB/s).
 Method method_of(const Geometry& g, bool winograd) {
   if (g.groups > 1) return kNone;
   if (!winograd || !winograd_fits(g)) return kGemm;
-  // A tile costs 36 products whether its 16 outputs are used or not, and half as much again for the transforms.
-  const int64_t tiles = divide_up(g.out_height, 4) * divide_up(g.out_width, 4);
-  return 36 * tiles * 3 < 9 * g.out_height * g.out_width * 2 ? kWinograd : kGemm;
+  constexpr double kTransforms = 1.2, kRead = 11;
+  constexpr int64_t kCached = 1 << 19;  // values
+  const auto read = [&](int64_t places) {
+    return places * g.in_channels * g.out_channels > kCached ? kRead * places : 0;
+  };
+  const auto tiles = [&](int64_t tile) {
+    return g.images * divide_up(g.out_height, tile) * divide_up(g.out_width, tile);
+  };
+  const double gemm = 9.0 * g.pixels() + read(9);
+  const double four = kTransforms * 36 * tiles(4) + read(36), two = kTransforms * 16 * tiles(2) + read(16);
+  if (four <= two && four < gemm) return kWinograd4;
+  return two < gemm ? kWinograd2 : kGemm;
 }
 
 namespace {
@@ -232,11 +268,12 @@ Tensor conv_pack(const Tensor& weight, const std::vector<int64_t>& x, const std:
   STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, "weight must be a 4D float32 tensor");
   const Geometry g(x, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride, padding, dilation,
                    groups);
-  STD_TORCH_CHECK(method == kGemm || method == kWinograd, "method must be 1 or 2");
-  if (method == kWinograd) {
+  const int64_t tile = winograd_tile(method);
+  STD_TORCH_CHECK(method == kGemm || tile > 0, "method must be 1, 2 or 3");
+  if (tile > 0) {
     STD_TORCH_CHECK(winograd_fits(g), "Winograd does not serve this convolution");
-    Tensor packed = cached_empty(winograd_floats(g));
-    const bool finite = pack_winograd(view_of(weight, 0, 1), static_cast<float*>(packed.mutable_data_ptr()));
+    Tensor packed = cached_empty(winograd_floats(g, tile));
+    const bool finite = pack_winograd(view_of(weight, 0, 1), tile, static_cast<float*>(packed.mutable_data_ptr()));
     return finite ? packed : cached_empty(0);
   }
   const Taps taps = forward_taps(g);
@@ -255,23 +292,20 @@ Tensor conv(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& w
   const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, weight, stride, padding, dilation, groups);
   Tensor y = cached_empty(g.images, g.out_channels, g.out_height, g.out_width, ScalarType::Float, true);
   if (residual.has_value()) check_like(*residual, y, true, "residual");
-  std::vector<float> padded_bias;
-  if (bias.has_value()) {
-    const float* data = floats(bias, g.out_channels, "bias");
-    padded_bias.assign(data, data + g.out_channels);
-    padded_bias.resize(padded_channels(g.out_channels));
-  }
-  const Epilogue epilogue{bias.has_value() ? padded_bias.data() : nullptr,
+  std::vector<float> bias_data;
+  if (bias.has_value()) bias_data = padded_bias(floats(bias, g.out_channels, "bias"), g.out_channels);
+  const Epilogue epilogue{bias.has_value() ? bias_data.data() : nullptr,
                           residual.has_value() ? nhwc(*residual, "residual") : nullptr, relu};
   float* y_data = static_cast<float*>(y.mutable_data_ptr());
-  STD_TORCH_CHECK(method == kGemm || method == kWinograd, "method must be 1 or 2");
+  const int64_t tile = winograd_tile(method);
+  STD_TORCH_CHECK(method == kGemm || tile > 0, "method must be 1, 2 or 3");
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.dim() == 1 && packed.is_contiguous(),
                   "packed weight must be what conv_pack returned");
   const float* weight_data = static_cast<const float*>(packed.const_data_ptr());
   if (g.pixels() == 0) return y;
-  if (method == kWinograd) {
-    STD_TORCH_CHECK(winograd_fits(g) && packed.numel() == winograd_floats(g), "packed weight does not fit");
-    conv_winograd(g, x_data, weight_data, epilogue, y_data);
+  if (tile > 0) {
+    STD_TORCH_CHECK(winograd_fits(g) && packed.numel() == winograd_floats(g, tile), "packed weight does not fit");
+    conv_winograd(g, tile, x_data, weight_data, epilogue, y_data);
     return y;
   }
   STD_TORCH_CHECK(packed.numel() == groups * gemm_floats(forward_taps(g), g.group_in(), g.group_out()),

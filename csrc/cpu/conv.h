@@ -52,18 +52,20 @@ struct GemmConvKernels {
   void (*run)(const GemmConv& conv, int64_t begin, int64_t end, int64_t first, int64_t last, const void** table);
 };
 
-// Winograd's F(4x4, 3x3): 36 products a channel for 16 outputs, which take 144 the direct way. Stride 1, dilation 1, one group,
-// channels a multiple of the vector width. Lavin and Gray 2016 (arXiv 1509.09308), with the points 0, +-sqrt(1/2), +-sqrt(2).
+// Winograd's F(MxM, 3x3) with M = 4 or 2: 36 products a channel for 16 outputs or 16 for 4, which take 144 and 36 the direct way.
+// Stride 1, dilation 1, one group, channels a multiple of the vector width. Lavin and Gray 2016 (arXiv 1509.09308).
 struct WinogradConv {
+  int64_t tile;  // M
   int64_t images, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
   int64_t pad_h, pad_w;
   const float* x;
-  const float* weight;  // packed: [panel][36][in_channels][columns of the panel], in planes of winograd_plane
+  const float* weight;  // packed: [panel][(M + 2)^2][in_channels][columns of the panel], in planes of winograd_plane
   float* y;
   Epilogue epilogue;
-  int64_t tile_rows() const { return (out_height + 3) / 4; }
-  int64_t tile_columns() const { return (out_width + 3) / 4; }
+  int64_t tile_rows() const { return (out_height + tile - 1) / tile; }
+  int64_t tile_columns() const { return (out_width + tile - 1) / tile; }
+  int64_t positions() const { return (tile + 2) * (tile + 2); }  // of a transformed tile
   int64_t tiles() const { return images * tile_rows() * tile_columns(); }
 };
 
@@ -75,15 +77,24 @@ struct WinogradKernels {
   void (*unpack)(const WinogradConv& conv, int64_t index, float* weight);
   // Transforms tiles [begin, end) of the group that starts with tile `first` and has `group` tiles into v.
   void (*transform)(const WinogradConv& conv, int64_t first, int64_t group, int64_t begin, int64_t end, float* v);
-  // Products with panels [first_panel, last_panel) and the inverse transform for the group's `count` tiles. m: scratch.
-  // Returns whether all outputs are finite.
+  // Products with panels [first_panel, last_panel) and the inverse transform for the group's tiles, `together` panels at a time;
+  // m: scratch for so many. Returns whether all outputs are finite.
   bool (*multiply)(const WinogradConv& conv, int64_t first, int64_t group, int64_t first_panel, int64_t last_panel,
-                   const float* v, float* m);
+                   int64_t together, const float* v, float* m);
 };
-// Floats of one of 36 planes of rows x columns. The odd line keeps the planes out of one another's cache sets.
+// Floats of the plane of one position, of rows x columns. The odd line keeps the planes out of one another's cache sets.
 inline int64_t winograd_plane(int64_t rows, int64_t columns) { return rows * columns + 16; }
 
+struct MaxPool {
+  int64_t width, channels;  // of a row of x
+  int64_t kernel, stride, padding;
+  int64_t out_width;
+};
+// One row of windows; x: the `rows` rows of pixels that they cover.
+using MaxPoolRow = void (*)(const MaxPool& pool, const float* x, int64_t rows, float* y);
+
+MaxPoolRow max_pool_row_kernel();
 const GemmConvKernels& gemm_conv_kernels();
-const WinogradKernels& winograd_kernels();
+const WinogradKernels& winograd_kernels(int64_t tile);
 
 }  // namespace fastres

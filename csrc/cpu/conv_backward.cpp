@@ -29,10 +29,10 @@ bool input_stride_1(const Geometry& g, const float* grad, const WeightView& weig
                       {g.dilation_h, g.dilation_w}, 1);
   const WeightView view = turned(exchanged(weight));
   const Epilogue none{nullptr, nullptr, false};
-  if (method_of(back, winograd) == kWinograd) {
-    const Scratch packed(winograd_floats(back));
-    if (pack_winograd(view, packed.data())) {
-      conv_winograd(back, grad, packed.data(), none, out);
+  if (const int64_t tile = winograd_tile(method_of(back, winograd))) {
+    const Scratch packed(winograd_floats(back, tile));
+    if (pack_winograd(view, tile, packed.data())) {
+      conv_winograd(back, tile, grad, packed.data(), none, out);
       return true;
     }
   }
@@ -169,7 +169,7 @@ void weight_gradient(const Geometry& g, const float* grad, const float* x, float
 // Returns whether the result is finite: an infinity of x or grad becomes NaN in the transforms.
 bool winograd_weight_gradient(const Geometry& g, const float* grad, const float* x, float* out) {
   const WinogradGradientKernels& kernels = winograd_gradient_kernels();
-  const WinogradConv conv = winograd_of(g, x, nullptr, {}, nullptr);
+  const WinogradConv conv = winograd_of(g, 4, x, nullptr, {}, nullptr);
   // Tiles transformed at once: 3 MB of v and of g, for the last cache; tiles of one product: v of a panel in L2.
   const int64_t widest = std::max(g.in_channels, g.out_channels), part = 48;
   const int64_t group = std::min(conv.tiles(), std::max<int64_t>(1, (3 << 18) / (36 * widest) / part) * part);
@@ -221,7 +221,7 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const std::ve
     std::fill(out, out + grad_weight.numel(), 0.0f);
     return grad_weight;
   }
-  if (method_of(g, winograd) != kWinograd || !winograd_weight_gradient(g, grad, x_data, out)) {
+  if (method_of(g, winograd) == kGemm || !winograd_weight_gradient(g, grad, x_data, out)) {
     weight_gradient(g, grad, x_data, out);
   }
   return grad_weight;

@@ -54,15 +54,21 @@ static void gemm_run(const GemmConv& p, int64_t begin, int64_t end, int64_t firs
   const int64_t count = end - begin, plane = p.grid_height * p.grid_width;
   const float** rows = reinterpret_cast<const float**>(table);
   int64_t* places = reinterpret_cast<int64_t*>(table + p.taps * count);
+  int64_t image = begin / plane, h = begin % plane / p.grid_width, w = begin % plane % p.grid_width;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t image = (begin + i) / plane, pixel = (begin + i) % plane;
-    const int64_t h = pixel / p.grid_width, w = pixel % p.grid_width;
-    places[i] =
-        ((image * p.y_height + h * p.y_step_h + p.y_first_h) * p.y_width + w * p.y_step_w + p.y_first_w) * p.y_pixel;
+    const int64_t y_row = image * p.y_height + h * p.y_step_h + p.y_first_h;
+    places[i] = (y_row * p.y_width + w * p.y_step_w + p.y_first_w) * p.y_pixel;
     for (int64_t tap = 0; tap < p.taps; ++tap) {
       const int64_t y = h * p.step_h + p.tap_h[tap], x = w * p.step_w + p.tap_w[tap];
       const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
       rows[tap * count + i] = inside ? p.x + ((image * p.height + y) * p.width + x) * p.x_pixel : p.zeros;
+    }
+    if (++w == p.grid_width) {
+      w = 0;
+      if (++h == p.grid_height) {
+        h = 0;
+        ++image;
+      }
     }
   }
   for (int64_t panel = first; panel < last; ++panel) {

@@ -7,8 +7,11 @@
 
 namespace fastres {
 
+MaxPoolRow max_pool_row_kernel() { return FASTRES_PICK_ISA(max_pool_row); }
 const GemmConvKernels& gemm_conv_kernels() { return FASTRES_PICK_ISA(gemm_table); }
-const WinogradKernels& winograd_kernels() { return FASTRES_PICK_ISA(winograd_table); }
+const WinogradKernels& winograd_kernels(int64_t tile) {
+  return tile == 2 ? FASTRES_PICK_ISA(winograd2_table) : FASTRES_PICK_ISA(winograd4_table);
+}
 
 const WeightGradientKernels& weight_gradient_kernels() { return FASTRES_PICK_ISA(weight_gradient_table); }
 const WinogradGradientKernels& winograd_gradient_kernels() { return FASTRES_PICK_ISA(winograd_gradient_table); }

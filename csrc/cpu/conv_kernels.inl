@@ -2,6 +2,7 @@
 #include "conv_tile.inl"
 
 #include "conv_gemm.inl"
+#include "conv_pool.inl"
 #include "conv_weight_gradient.inl"
 #include "conv_winograd.inl"
 #include "conv_winograd_gradient.inl"

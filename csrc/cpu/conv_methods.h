@@ -1,6 +1,8 @@
 // What the convolution ops share: the geometry of a convolution, its taps, and the methods of conv.h over all threads.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "buffers.h"
@@ -9,7 +11,23 @@
 
 namespace fastres {
 
-enum Method : int64_t { kNone = 0, kGemm = 1, kWinograd = 2 };
+enum Method : int64_t { kNone = 0, kGemm = 1, kWinograd4 = 2, kWinograd2 = 3 };
+// Outputs a side of a tile of F(4x4, 3x3) and F(2x2, 3x3); 0 for other methods.
+inline int64_t winograd_tile(int64_t method) { return method == kWinograd4 ? 4 : method == kWinograd2 ? 2 : 0; }
+
+// worker(take) on every thread, where take() gives each of `count` tasks to one of them, and -1 when there are none left. So a
+// thread whose processor is slowed down by others does less, instead of letting the rest wait.
+template <class Worker>
+void share_tasks(int64_t count, const Worker& worker) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    worker([&] {
+      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+      return task < count ? task : -1;
+    });
+  });
+}
 
 struct Geometry {
   int64_t images, in_channels, height, width;  // of x
@@ -63,9 +81,9 @@ inline int64_t padded_channels(int64_t channels) { return divide_up(channels, 16
 inline int64_t gemm_floats(const Taps& taps, int64_t in_channels, int64_t out_channels) {
   return taps.count() * taps.pixels * in_channels * padded_channels(out_channels);
 }
-inline int64_t winograd_floats(const Geometry& g) {
-  const int64_t panel = winograd_kernels().panel;
-  return divide_up(g.out_channels, panel) * 36 * winograd_plane(g.in_channels, panel);
+inline int64_t winograd_floats(const Geometry& g, int64_t tile) {
+  const int64_t panel = winograd_kernels(tile).panel;
+  return divide_up(g.out_channels, panel) * (tile + 2) * (tile + 2) * winograd_plane(g.in_channels, panel);
 }
 
 // The weights of one group of a convolution.
@@ -82,18 +100,37 @@ inline WeightView view_of(const Tensor& weight, int64_t group, int64_t groups) {
           weight.stride(3)};
 }
 
+// The bias of an epilogue: padded, because whole vectors of it are read.
+inline std::vector<float> padded_bias(const float* bias, int64_t channels) {
+  std::vector<float> padded(bias, bias + channels);
+  padded.resize(padded_channels(channels));
+  return padded;
+}
+
 // The data of a dense NHWC fp32 tensor.
 const float* nhwc(const Tensor& t, const char* name);
 
-WinogradConv winograd_of(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
+WinogradConv winograd_of(const Geometry& g, int64_t tile, const float* x, const float* packed, const Epilogue& epilogue,
+                         float* y);
 Method method_of(const Geometry& g, bool winograd);
 // Both return whether all packed values are finite.
 bool pack_gemm(const WeightView& view, const Taps& taps, float* packed);
-bool pack_winograd(const WeightView& view, float* packed);
+bool pack_winograd(const WeightView& view, int64_t tile, float* packed);
 void pad(const Geometry& g, const float* x, float* out);
+
+// The first group of a convolution as a matrix product that writes to y, with what it points to.
+struct ForwardGemm {
+  Taps taps;
+  Scratch copy;  // x with its padding, where rows are taps
+  std::vector<float> zeros;
+  GemmConv conv{};
+  ForwardGemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
+};
+
 void run_gemm(const GemmConv& conv);  // all pixels and panels, on all threads
 void conv_gemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
 // With the direct way behind it where x has an infinity or NaN.
-void conv_winograd(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
+void conv_winograd(const Geometry& g, int64_t tile, const float* x, const float* packed, const Epilogue& epilogue,
+                   float* y);
 
 }  // namespace fastres

@@ -4,6 +4,10 @@ constexpr int kTileRows = 6;
 constexpr int kTileVectors = FASTRES_LEVEL >= 2 ? 4 : 2;  // 12 sums of 16 registers, 24 of 32
 constexpr int kPanel = kTileVectors * W;
 
+// Weights are fetched so many input channels before they are used: from memory the processor's own prefetching is too late, as it
+// stops at every page of 4 KB. (Only in the first tile of a panel it would be enough, but the second copy of the loops costs more.)
+constexpr int64_t kAhead = 128;
+
 // sums[r][v] = sum over taps and k of rows[tap * row_stride + r][k] * b[tap][k][v]; then finish(r, v, sum).
 template <int R, int NV, class Finish>
 FASTRES_INLINE void tile(const float* const* rows, int64_t row_stride, int64_t taps, int64_t depth, const float* b,
@@ -14,6 +18,8 @@ FASTRES_INLINE void tile(const float* const* rows, int64_t row_stride, int64_t t
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) a[r] = rows[tap * row_stride + r];
     for (int64_t k = 0; k < depth; ++k, b += NV * W) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v += 16 / W) __builtin_prefetch(b + (kAhead * NV + v) * W);
       vf column[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) column[v] = load(b + v * W);

@@ -31,7 +31,7 @@ static void winograd_gradient_input(const WinogradConv& p, int64_t first, int64_
     for (int64_t c = 0; c < p.in_channels; c += W) {
       const int64_t panel = c / kPanel, columns = panel_vectors(p.in_channels, panel) * W;
       float* out = v + panel * 36 * winograd_plane(group, kPanel) + t * columns + c % kPanel;
-      transform_input_tile(p, place, c, out, winograd_plane(group, columns));
+      transform_input_tile<4>(p, place, c, out, winograd_plane(group, columns));
     }
   }
 }

@@ -76,20 +76,28 @@ void add_samples(const Tensor& t, Hash* hash) {
   }
 }
 
-int64_t fingerprint(const std::vector<Tensor>& tensors) {
+uint64_t fingerprint_of(const Tensor& t) {
   Hash hash;
-  for (const Tensor& t : tensors) {
-    const char* data = static_cast<const char*>(t.const_data_ptr());
-    const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
-    hash.add(reinterpret_cast<uintptr_t>(data));
-    hash.add(static_cast<uint64_t>(bytes));
-    if (bytes == 0) continue;
-    if (bytes <= kWhole && gapless(t)) {
-      hash.add_memory(data, bytes);
-    } else {
-      add_samples(t, &hash);
-    }
+  const char* data = static_cast<const char*>(t.const_data_ptr());
+  const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
+  hash.add(reinterpret_cast<uintptr_t>(data));
+  hash.add(static_cast<uint64_t>(bytes));
+  if (bytes > 0 && bytes <= kWhole && gapless(t)) {
+    hash.add_memory(data, bytes);
+  } else if (bytes > 0) {
+    add_samples(t, &hash);
   }
+  return hash.value();
+}
+
+int64_t fingerprint(const std::vector<Tensor>& tensors) {
+  const int64_t count = static_cast<int64_t>(tensors.size());
+  std::vector<uint64_t> each(count);
+  torch::stable::parallel_for(0, count, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) each[i] = fingerprint_of(tensors[i]);
+  });
+  Hash hash;
+  for (const uint64_t value : each) hash.add(value);
   return static_cast<int64_t>(hash.value());
 }
 

@@ -1,13 +1,15 @@
 """conv_bias_act by our own convolutions (csrc/cpu/conv.cpp): NHWC activations, fp32 arithmetic, packed weights.
 
-Methods: an implicit matrix product for every kernel size, stride, padding and dilation, and Winograd's F(4x4, 3x3),
-which needs a quarter of the multiplications of a 3x3 convolution and has an error of about 1e-6 (relative L2) instead
-of 2e-7; `fastres.config.winograd = False` leaves it out. bf16 and fp16 activations are converted to fp32 and back.
+Methods: an implicit matrix product for every kernel size, stride, padding and dilation; Winograd's F(4x4, 3x3), which
+needs a quarter of the multiplications of a 3x3 convolution and has an error of about 1e-6 (relative L2) instead of
+2e-7; and F(2x2, 3x3), which is as exact as the direct way and has fewer weights to read at small batch sizes.
+`fastres.config.winograd = False` leaves both out. bf16 and fp16 activations are converted to fp32 and back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,10 +48,44 @@ def why_not(
 
 
 def method(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> int:
-    """Which method serves this shape: 0 none, 1 matrix product, 2 Winograd."""
+    """Which method serves this shape: 0 none, 1 matrix product, 2 and 3 Winograd with tiles of 4x4 and 2x2."""
     return torch.ops.fastres_cpu.conv_method.default(
         x.shape, weight.shape, stride, padding, dilation, groups, config.winograd
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A convolution with packed weights: what `prepare` returns."""
+
+    weight: Tensor
+    bias: Tensor | None
+    shape: list[int]  # of the weight that was packed
+    geometry: tuple[list[int], list[int], list[int], int]
+    method: int
+
+    def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        residual = None if residual is None else _nhwc(residual)
+        y = torch.ops.fastres_cpu.conv.default(
+            _nhwc(x), self.weight, self.shape, self.bias, residual, *self.geometry, relu, self.method
+        )
+        return layout.in_format(y if x.dtype is torch.float32 else y.to(x.dtype), torch.channels_last)
+
+    def then_maxpool(
+        self, kernel: int, stride: int, padding: int
+    ) -> Callable[[Tensor, Tensor | None, bool], Tensor] | None:
+        """max_pool2d of it, without its whole output ever lying in memory; None where Winograd serves it."""
+        if self.method != 1:
+            return None
+        *geometry, _ = self.geometry
+
+        def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+            y = torch.ops.fastres_cpu.conv_maxpool.default(
+                _nhwc(x), self.weight, self.shape, self.bias, *geometry, relu, kernel, stride, padding
+            )
+            return layout.in_format(y if x.dtype is torch.float32 else y.to(x.dtype), torch.channels_last)
+
+        return run
 
 
 def prepare(
@@ -60,9 +96,9 @@ def prepare(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> Callable[[Tensor, Tensor | None, bool], Tensor]:
-    """Packs `weight` for inputs like `x`. Returns run(x, residual, relu)."""
-    shape, geometry, conv = list(weight.shape), (stride, padding, dilation, groups), torch.ops.fastres_cpu.conv.default
+) -> Packed:
+    """Packs `weight` for inputs like `x`."""
+    geometry = (stride, padding, dilation, groups)
     kind = method(x, weight, *geometry)
     pack = torch.ops.fastres_cpu.conv_pack.default
     packed = pack(weight.float(), x.shape, *geometry, kind)
@@ -70,13 +106,7 @@ def prepare(
         kind = 1
         packed = pack(weight.float(), x.shape, *geometry, kind)
     bias = None if bias is None else bias.float().contiguous()
-
-    def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        residual = None if residual is None else _nhwc(residual)
-        y = conv(_nhwc(x), packed, shape, bias, residual, *geometry, relu, kind)
-        return layout.in_format(y if x.dtype is torch.float32 else y.to(x.dtype), torch.channels_last)
-
-    return run
+    return Packed(packed, bias, list(weight.shape), geometry, kind)
 
 
 def _nhwc(t: Tensor) -> Tensor:

@@ -105,10 +105,15 @@ def setting() -> tuple[str, ...] | None:
 def no_fused_kernel(op: str, device_type: str) -> str | None:
     """Why `op` has nothing better than the reference on this device type, or None. A forced reference counts as a
     choice."""
-    found = kernels(op, device_type)
-    if _forced is not None or any(k.name != "reference" and k.unavailable() is None for k in found):
+    if _forced is not None:
         return None
-    reasons = [f"{k.name}: {k.unavailable()}" for k in found if k.name != "reference"]
+    reasons = []
+    for kernel in kernels(op, device_type):
+        if kernel.name != "reference":
+            reason = kernel.unavailable()
+            if reason is None:
+                return None
+            reasons.append(f"{kernel.name}: {reason}")
     return "; ".join(reasons) or f"no fused kernel for {device_type}"
 
 

@@ -53,6 +53,15 @@ def _join(conv: nn.Conv2d, bn: nn.BatchNorm2d, y: Tensor, shortcut: Any) -> Tens
     return sites.conv_bn_act(conv, bn, y, act="relu", residual=shortcut)
 
 
+def _children(block: Any) -> dict[str, Any]:
+    """What the fused forward stands in for, by name. From the dictionary: Module.__getattr__ is slow."""
+    try:
+        modules = block._modules
+        return {name: modules[name] for name in block.fused_children}
+    except KeyError:  # replaced by something that is no module
+        return {name: getattr(block, name) for name in block.fused_children}
+
+
 def _blocked(block: Any, x: Tensor, **children: nn.Module) -> bool:
     """Whether the block's own forward has to run. `children`: in the order of the forward, the last batch norm last."""
     # The shortcut is computed first here and last in eager, which shows if both use one batch norm.
@@ -68,11 +77,12 @@ class BasicBlockForward(FusedModule):
     fused_children = ("conv1", "bn1", "relu", "conv2", "bn2")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        children = {name: getattr(self, name) for name in self.fused_children}
+        children = _children(self)
         if _blocked(self, x, **children):
             return super().forward(x)  # type: ignore[misc]
-        y = sites.conv_bn_act(self.conv1, self.bn1, x, act="relu")
-        return _join(self.conv2, self.bn2, y, _shortcut(self, x))
+        conv1, bn1, _, conv2, bn2 = children.values()
+        y = sites.conv_bn_act(conv1, bn1, x, act="relu")
+        return _join(conv2, bn2, y, _shortcut(self, x))
 
 
 class BottleneckForward(FusedModule):
@@ -82,12 +92,17 @@ class BottleneckForward(FusedModule):
     fused_children = ("conv1", "bn1", "relu", "conv2", "bn2", "conv3", "bn3")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        children = {name: getattr(self, name) for name in self.fused_children}
+        children = _children(self)
         if _blocked(self, x, **children):
             return super().forward(x)  # type: ignore[misc]
-        y = sites.conv_bn_act(self.conv1, self.bn1, x, act="relu")
-        y = sites.conv_bn_act(self.conv2, self.bn2, y, act="relu")
-        return _join(self.conv3, self.bn3, y, _shortcut(self, x))
+        conv1, bn1, _, conv2, bn2, conv3, bn3 = children.values()
+        y = sites.conv_bn_act(conv1, bn1, x, act="relu")
+        y = sites.conv_bn_act(conv2, bn2, y, act="relu")
+        return _join(conv3, bn3, y, _shortcut(self, x))
+
+
+_FORWARDS = (BasicBlockForward.forward, BottleneckForward.forward)
+_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 
 
 class StemForward(FusedModule):
@@ -101,11 +116,19 @@ class StemForward(FusedModule):
     adds = False
 
     def _forward_impl(self: Any, x: Tensor) -> Tensor:
-        # The input's dtype may be changed by conv1 (autocast): what counts is what batch norm gets.
-        x = sites.convolution(self.conv1, x)
-        if sites.blocked(self, x, bn1=self.bn1, relu=self.relu, maxpool=self.maxpool) is None:
-            x = sites.bn_act_maxpool(self.bn1, self.maxpool, x, act="relu")
-        else:
-            x = self.maxpool(self.relu(self.bn1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = sites.chain_of_blocks(self, _PARTS, _FORWARDS, x, self._features)
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+    def _features(self: Any, x: Tensor) -> Tensor:
+        return self.layer4(self.layer3(self.layer2(self.layer1(self._stem(x)))))
+
+    def _stem(self: Any, x: Tensor) -> Tensor:
+        conv, bn, relu, maxpool = self.conv1, self.bn1, self.relu, self.maxpool
+        y = sites.stem(self, x, conv, bn, relu, maxpool)
+        if y is not None:
+            return y
+        # The input's dtype may be changed by conv1 (autocast): what counts is what batch norm gets.
+        x = sites.convolution(conv, x)
+        if sites.blocked(self, x, bn1=bn, relu=relu, maxpool=maxpool) is None:
+            return sites.bn_act_maxpool(bn, maxpool, x, act="relu")
+        return maxpool(relu(bn(x)))
