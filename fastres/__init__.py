@@ -11,6 +11,7 @@ fastres.verify the proof.
 from fastres import config, functional, models, nn
 from fastres import ops as _ops  # noqa: F401  registers torch.ops.fastres
 from fastres.explain import explain
+from fastres.folding import packed_bytes
 from fastres.fuse import disabled, fuse_, refresh_, unfuse_
 from fastres.kernels.table import use_kernels
 from fastres.memory import cached_bytes, empty_cache
@@ -31,6 +32,7 @@ __all__ = [
     "fuse_",
     "models",
     "nn",
+    "packed_bytes",
     "refresh_",
     "unfuse_",
     "use_kernels",

@@ -3,7 +3,6 @@ stale."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres import config, functional, reference
+from fastres import config, functional, reference, replay
 from fastres.kernels import convolution, extension, table
 from fastres.ops import registration
 
@@ -22,7 +21,7 @@ Geometry = tuple[list[int], list[int], list[int], int]
 class _Entry:
     """Folded and packed weights of one convolution, and what they were made from."""
 
-    run: Callable[[Tensor, Tensor | None, bool], Tensor] | None  # None if batch norm has to run by itself
+    run: table.PackedConvolution | None  # None if batch norm has to run by itself
     made_from: tuple[Any, ...]
     tensors: tuple[Tensor, ...]  # held, so that no other tensor can get one of their ids
     plan: Any  # kernel and method the weights are packed for
@@ -38,6 +37,15 @@ def forget(model: nn.Module) -> None:
     """Drops the folded weights of every convolution of `model`."""
     for module in model.modules():
         _entries.pop(module, None)
+
+
+def packed_bytes(model: nn.Module | None = None) -> int:
+    """Bytes of the folded and packed weights that are kept for inference, of `model` or of all models.
+
+    `fastres.config.max_packed_bytes` limits them, `fastres.refresh_(model)` drops those of a model.
+    """
+    entries = _entries.values() if model is None else [_entries[m] for m in model.modules() if m in _entries]
+    return sum(entry.run.nbytes for entry in list(entries) if entry.run is not None)
 
 
 def geometry(conv: nn.Conv2d) -> Geometry:
@@ -66,7 +74,7 @@ def batch_norm_tensors(bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
 
 def folded(
     conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor
-) -> tuple[Callable[[Tensor, Tensor | None, bool], Tensor], tuple[int, ...]] | None:
+) -> tuple[table.PackedConvolution, tuple[int, ...]] | None:
     """run(x, residual, relu): the convolution with `bn` folded in (if given) and packed weights; and the shape of its
     output. None where they cannot be kept or must not be folded.
 
@@ -108,8 +116,14 @@ def folded(
         if entry is not None and entry.made_from == made_from and entry.plan == plan:
             entry.inputs, entry.shape = inputs, shape
         else:
+            _entries.pop(conv, None)
             run = _pack(conv, bn, x, plan)
-            entry = _entries[conv] = _Entry(run, made_from, tuple(tensors), plan, inputs, shape)
+            entry = _Entry(run, made_from, tuple(tensors), plan, inputs, shape)
+            limit = config.max_packed_bytes
+            if run is None or limit is None or packed_bytes() + run.nbytes <= limit:
+                _entries[conv] = entry
+            else:
+                replay.spoil()  # which would keep them
     return None if entry.run is None else (entry.run, entry.shape)
 
 
@@ -127,7 +141,7 @@ def _plan(conv: nn.Conv2d, x: Tensor) -> tuple[Any, ...] | None:
 @torch.no_grad()
 def _pack(
     conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor, plan: tuple[Any, ...] | None
-) -> Callable[[Tensor, Tensor | None, bool], Tensor] | None:
+) -> table.PackedConvolution | None:
     if plan is None:
         return None
     prepare, _, order, _ = plan

@@ -1,4 +1,4 @@
-"""Memory that fastres keeps on the CPU: buffers for the next call, and packed weights."""
+"""Buffers that fastres keeps on the CPU for the next call."""
 
 from __future__ import annotations
 

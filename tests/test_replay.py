@@ -308,3 +308,21 @@ def test_threads(pair):
         for k, got in enumerate(pool.map(work, range(4))):
             for i, y in enumerate(got):
                 torch.testing.assert_close(y, want[(k + i) % 8], rtol=1e-4, atol=1e-4)
+
+
+def test_limit_of_packed_weights(pair, monkeypatch):
+    eager, fused, x = pair
+    everything = fastres.packed_bytes(fused)
+    convs = [m for m in fused.modules() if isinstance(m, nn.Conv2d)]
+    assert everything > sum(conv.weight.nbytes for conv in convs) and everything <= fastres.packed_bytes()
+    fastres.refresh_(fused)
+    others = fastres.packed_bytes()
+    assert fastres.packed_bytes(fused) == 0
+    for room in (0, everything // 2, everything - 4, everything):
+        monkeypatch.setattr(fastres.config, "max_packed_bytes", others + room)
+        for _ in range(3):
+            assert_same(eager, fused, x)
+        assert fastres.packed_bytes(fused) <= room
+        assert is_replayed(fused) == (room == everything)
+        assert (fastres.packed_bytes(fused) > 0) == (room > 0)
+        fastres.refresh_(fused)

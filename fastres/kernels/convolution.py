@@ -64,6 +64,10 @@ class Packed:
     geometry: tuple[list[int], list[int], list[int], int]
     method: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         residual = None if residual is None else _nhwc(residual)
         y = torch.ops.fastres_cpu.conv.default(

@@ -6,7 +6,7 @@ oneDNN has no bf16 or fp16 convolution on this processor, the activation is conv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -38,6 +38,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A convolution with its weight in oneDNN's order: what `prepare` returns."""
+
+    weight: Tensor
+    bias: Tensor | None
+    geometry: tuple[list[int], list[int], list[int], int]
+    order: torch.memory_format
+    nbytes: int
+
+    def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        x = x.contiguous(memory_format=self.order)
+        return conv_bias_act(x, self.weight, self.bias, residual, *self.geometry, relu)
+
+
 def prepare(
     x: Tensor,
     weight: Tensor,
@@ -46,19 +61,14 @@ def prepare(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> Callable[[Tensor, Tensor | None, bool], Tensor]:
-    """Puts `weight` into oneDNN's order for inputs of about x's shape (right for all). Returns run(x, residual,
-    relu)."""
-    geometry, order = (stride, padding, dilation, groups), reference.conv_format(x, weight)
+) -> Packed:
+    """Puts `weight` into oneDNN's order for inputs of about x's shape (right for all)."""
     dtype = compute_dtype(x.dtype)
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the last argument
     packed = reorder(weight.to(dtype).to_mkldnn(), padding, stride, dilation, groups, list(x.shape))
     bias = None if bias is None else bias.to(dtype)
-
-    def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        return conv_bias_act(x.contiguous(memory_format=order), packed, bias, residual, *geometry, relu)
-
-    return run
+    nbytes = weight.numel() * dtype.itemsize  # at least: oneDNN may pad
+    return Packed(packed, bias, (stride, padding, dilation, groups), reference.conv_format(x, weight), nbytes)
 
 
 def conv_bias_act(

@@ -9,10 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from fastres import reference
 from fastres.kernels import convolution, cpu, onednn
+
+
+class PackedConvolution(Protocol):
+    """A convolution with folded, packed weights."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its weights take."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -24,14 +36,14 @@ class Kernel:
         run: takes the arguments of the raw op.
         unavailable: why it cannot run in this process at all, or None.
         why_not: why it does not serve a call with these arguments, or None.
-        prepare: conv_bias_act only: packs a weight once, prepare(x, weight, bias, *geometry) -> run(x, residual, relu).
+        prepare: conv_bias_act only: packs a weight once, prepare(x, weight, bias, *geometry).
     """
 
     name: str
     run: Callable[..., Any]
     unavailable: Callable[[], str | None]
     why_not: Callable[..., str | None]
-    prepare: Callable[..., Callable[..., Any]] | None = None
+    prepare: Callable[..., PackedConvolution] | None = None
 
 
 def _reference(op: str) -> Kernel:
