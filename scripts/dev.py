@@ -4,6 +4,7 @@
     python3 scripts/dev.py test [pytest arguments]       the tests
     python3 scripts/dev.py bench [arguments]             fastres bench: whole networks, against other engines
     python3 scripts/dev.py bench-ops [pytest arguments]  benchmarks/: every op at the shapes of real layers
+    python3 scripts/dev.py bench-cpu [arguments]         benchmarks/cpu.py: convolutions, layer by layer
     python3 scripts/dev.py lint | format                 checks, or mends, style and types
     python3 scripts/dev.py python [arguments]            Python, in the environment of the tests
 
@@ -32,6 +33,7 @@ EXTRAS = {
     "test": ["test"],
     "bench": ["bench", "peers"],
     "bench-ops": ["test"],
+    "bench-cpu": ["test"],
     "lint": ["lint"],
     "format": ["lint"],
     "python": ["test"],
@@ -214,6 +216,7 @@ def commands(name: str, python: str, arguments: list[str]) -> list[list[str]]:
         "test": [[*module, "pytest", *arguments]],
         "bench": [[*module, "fastres", "bench", *arguments]],
         "bench-ops": [[*module, "pytest", "benchmarks", *arguments]],
+        "bench-cpu": [[python, "benchmarks/cpu.py", *arguments]],
         "python": [[python, *arguments]],
         "lint": [
             [*module, "ruff", "check"],
