@@ -1,4 +1,4 @@
-"""Every convolution of the ResNets on the CPU: our own kernels beside oneDNN's, and their share of the processor's peak.
+"""Every convolution of the ResNets on the CPU: our kernels beside oneDNN's, and their share of the processor's peak.
 
     python benchmarks/cpu.py --batch 1 16
     make bench-cpu ARGS='--batch 16 --seconds 60'
