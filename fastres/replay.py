@@ -1,7 +1,7 @@
 """Inference of a chain of fused blocks as a plain list of calls.
 
 A fused block asks before every call whether its fast path may run, and whether its folded weights are still those of
-the model. For ResNet-50 at batch 1 the answers take a tenth of the time. So the second of two like calls is recorded,
+the model. At batch 1 the answers take a good part of the time. So the second of two like calls is recorded,
 and from then on only what the answers were made from is compared, all blocks at once: every attribute of every module,
 every version counter, one fingerprint of the weights. Anything else than last time, and the blocks run as ever.
 """

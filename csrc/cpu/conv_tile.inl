@@ -4,8 +4,8 @@ constexpr int kTileRows = 6;
 constexpr int kTileVectors = FASTRES_LEVEL >= 2 ? 4 : 2;  // 12 sums of 16 registers, 24 of 32
 constexpr int kPanel = kTileVectors * W;
 
-// Weights are fetched so many input channels before they are used: from memory the processor's own prefetching is too late, as it
-// stops at every page of 4 KB. (Only in the first tile of a panel it would be enough, but the second copy of the loops costs more.)
+// Weights are fetched so many input channels before they are used: at batch 1 they come from memory, and networks ran 5 to 7 %
+// faster with it (Zen 3). At batch 16 it makes no difference or costs a per cent.
 constexpr int64_t kAhead = 128;
 
 // sums[r][v] = sum over taps and k of rows[tap * row_stride + r][k] * b[tap][k][v]; then finish(r, v, sum).
