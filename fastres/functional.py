@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastres import ops
+from fastres.kernels import table
 from fastres.ops import registration
 from fastres.ops.bn_act_maxpool import pooled
 
@@ -137,10 +138,16 @@ def conv_bn_act(
     eps: float = 1e-5,
     act: str = "relu",
     num_batches_tracked: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """act(batch_norm(conv2d(x)) + residual). Arguments as in :func:`conv_bias_act` and :func:`bn_act`.
 
     With running statistics and no gradient wanted, batch norm is folded into the convolution on the fly.
+
+    Args:
+        recompute: if the result is the input of another conv_bn_act, that one saves what it is made from in its place,
+            and computes it again in backward, bit for bit: its memory is free in between. The result must not be
+            written to in a way that autograd does not see (`.data`).
     """
     relu = _relu(act)
     _check_input(x)
@@ -155,21 +162,28 @@ def conv_bn_act(
         assert running_mean is not None and running_var is not None
         folded = fold(conv_weight, conv_bias, running_mean, running_var, weight, bias, eps)
         return ops.conv_bias_act.call(x, *folded, residual, *geometry, relu)
-    y, _, mean, var, _ = ops.conv_bn_act.call(
-        x,
-        conv_weight,
-        conv_bias,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        residual,
-        *geometry,
-        training,
-        eps,
-        relu,
-        gradient and relu and residual is not None,
-    )
+    if gradient and _algebraic(x, conv_weight, conv_bias, geometry):
+        y, mean, var, *_ = ops.conv1x1_bn_act.call(
+            x, conv_weight, weight, bias, running_mean, running_var, residual, training, eps, relu, relu
+        )
+    else:
+        y, raw, mean, var, _ = ops.conv_bn_act.call(
+            x,
+            conv_weight,
+            conv_bias,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            residual,
+            *geometry,
+            training,
+            eps,
+            relu,
+            gradient and relu and residual is not None,
+        )
+        if recompute and gradient and residual is None:
+            ops.recompute.offer(y, (raw, weight, bias, mean, var), eps, relu, ops.conv_bn_act.again)
     count = shape[0] * shape[2] * shape[3]
     _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
     return y
@@ -243,6 +257,21 @@ def fold(
     shift = -running_mean if conv_bias is None else conv_bias - running_mean
     shift = shift * scale if bias is None else shift * scale + bias
     return (conv_weight * scale.reshape(-1, 1, 1, 1)).to(dtype), shift.to(dtype)
+
+
+def _algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometry: tuple) -> bool:
+    """Whether conv1x1_bn_act serves this convolution: a 1x1 that expands to four times the channels or more, and has
+    so many pixels that products over channels alone cost little beside those over pixels."""
+    k, c, r, s = conv_weight.shape
+    return (
+        (r, s) == (1, 1)
+        and geometry == ([1, 1], [0, 0], [1, 1], 1)
+        and conv_bias is None
+        and k >= 4 * c
+        and x.shape[0] * x.shape[2] * x.shape[3] >= 8 * c
+        and not registration.autocast_enabled(x.device.type)
+        and table.fused_kernel_serves("conv1x1_bn_act", (x, conv_weight))
+    )
 
 
 def _relu(act: str) -> bool:

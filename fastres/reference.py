@@ -19,6 +19,8 @@ Backward, with g = grad_y where the ReLU let z through (`not (z <= 0)`: NaN pass
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,6 +61,11 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
 
 def _activate(z: Tensor, relu: bool) -> Tensor:
     return z.relu() if relu else z
+
+
+def vector_dtype(x: Tensor) -> torch.dtype:
+    """Of the per-channel gradients and moments of an activation: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def bn_act(
@@ -124,7 +131,7 @@ def bn_act_backward(
     elif relu:
         g = torch.where(normalise(x, weight, bias, mean, var, eps) <= 0, 0.0, g)
     grad_x, grad_weight, grad_bias = _bn_gradients(g, x, weight, mean, var, training, eps)
-    vector = torch.promote_types(x.dtype, torch.float32)
+    vector = vector_dtype(x)
     return (
         torch.empty_like(x).copy_(grad_x) if need_x else x.new_empty(0),
         grad_weight.to(vector) if need_affine else x.new_empty(0, dtype=vector),
@@ -258,7 +265,7 @@ def conv_bn_act_backward(
             grad_raw, x.double(), conv_weight.double(), sizes, stride, padding, dilation, False, [0, 0], groups, needed
         )
     empty = x.new_empty(0)
-    vector = torch.promote_types(x.dtype, torch.float32)
+    vector = vector_dtype(x)
     like = (x, conv_weight, conv_weight)
     return (
         *(
@@ -269,6 +276,73 @@ def conv_bn_act_backward(
         grad_bias.to(vector),
         grad_residual.to(x.dtype),
     )
+
+
+def conv1x1_bn_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, ...]:
+    """conv_bn_act of a 1x1 convolution whose raw output is not kept: returns y, mean, var, the mean and the covariance
+    of x's channels (with batch statistics), from which backward can be computed without it, and mask."""
+    geometry = ([1, 1], [0, 0], [1, 1], 1)
+    y, _, mean, var, mask = conv_bn_act(
+        x,
+        conv_weight,
+        None,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        residual,
+        *geometry,
+        training,
+        eps,
+        relu,
+        save_mask,
+    )
+    if not training:
+        return y, mean, var, mean.new_empty(0), x.new_empty(0, dtype=vector_dtype(x)), mask
+    rows = x.double().transpose(0, 1).flatten(1)
+    x_mean = rows.mean(1)
+    rows = rows - x_mean.unsqueeze(1)
+    return y, mean, var, x_mean, (rows @ rows.T / rows.shape[1]).flatten().to(vector_dtype(x)), mask
+
+
+def conv1x1_bn_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    x_mean: Tensor,
+    covariance: Tensor,
+    mask: Tensor | None,
+    training: bool,
+    eps: float,
+    need_x: bool,
+    need_conv_weight: bool,
+    need_affine: bool,
+) -> tuple[Tensor, ...]:
+    """Returns grad_x, grad_conv_weight, grad_weight, grad_bias and grad_residual (empty without a mask: it is grad_y).
+    The raw output is computed again."""
+    geometry = ([1, 1], [0, 0], [1, 1], 1)
+    raw = layout.in_format(convolution(x, conv_weight, None, *geometry), conv_format(x, conv_weight))
+    options: Any = (training, eps, False, need_x, need_conv_weight, False, need_affine, True)
+    grad_x, grad_conv_weight, _, *rest = conv_bn_act_backward(
+        grad_y, x, conv_weight, raw, weight, bias, mean, var, mask, *geometry, *options
+    )
+    return grad_x, grad_conv_weight, *rest
 
 
 def bn_act_maxpool(
@@ -332,7 +406,7 @@ def bn_act_maxpool_backward(
     if relu:
         g = torch.where(normalise(x, weight, bias, mean, var, eps) <= 0, 0.0, g)
     grad_x, grad_weight, grad_bias = _bn_gradients(g, x, weight, mean, var, training, eps)
-    vector = torch.promote_types(x.dtype, torch.float32)
+    vector = vector_dtype(x)
     return (
         torch.empty_like(x).copy_(grad_x) if need_x else x.new_empty(0),
         grad_weight.to(vector) if need_affine else x.new_empty(0, dtype=vector),

@@ -285,8 +285,17 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     )
 
 
-def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None = None) -> Tensor:
-    """act(bn(conv(x)) + residual): in inference one convolution with folded, packed weights, else conv_bn_act."""
+def conv_bn_act(
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    x: Tensor,
+    *,
+    act: str,
+    residual: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """act(bn(conv(x)) + residual): in inference one convolution with folded, packed weights, else conv_bn_act.
+    recompute: as in fastres.functional.conv_bn_act, for results that do not leave the block."""
     if not bn.training and not (torch.is_grad_enabled() and _wants_gradient(conv, bn, x, residual)):
         kept = folding.folded(conv, bn, x)
         if kept is not None and (residual is None or _fits(residual, kept[1], x)):
@@ -316,6 +325,7 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, *, act: str, res
         eps=bn.eps,
         act=act,
         num_batches_tracked=counter,
+        recompute=recompute,
     )
 
 

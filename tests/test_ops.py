@@ -48,6 +48,9 @@ def sample_calls(dtype, layout, requires_grad=True):
             ops.conv_bn_act,
             (x, conv_weight, conv_bias, weight, bias, mean, var, None, *GEOMETRY, training, 1e-5, True, False),
         )
+        one = conv_weight.detach()[:, :, :1, :1].clone().requires_grad_(requires_grad)
+        yield ops.conv1x1_bn_act, (x, one, weight, bias, mean, var, residual, training, 1e-5, True, True)
+        yield ops.conv1x1_bn_act, (x, one, weight, bias, mean, var, None, training, 1e-5, False, False)
     yield ops.add_act, (x, residual, True)
     yield ops.add_act, (x, residual, False)
     yield ops.conv_bias_act, (x, conv_weight, conv_bias, residual, *GEOMETRY, True)
@@ -111,6 +114,11 @@ def test_opcheck_of_backward_and_update():
             True,
         )
         opcheck(ops.conv_bn_act_backward, args)
+    one = conv_weight[:, :, :1, :1].clone()
+    y, *moments, mask = ops.conv1x1_bn_act(x, one, weight, bias, mean, var, residual, True, 1e-5, True, True)
+    for need in (True, False):
+        args = (y, x, one, weight, bias, *moments, mask, True, 1e-5, need, need, need)
+        opcheck(ops.conv1x1_bn_act_backward, args)
     opcheck(ops.add_act_backward, (x, y))
     opcheck(ops.update_running_stats_, (mean.clone(), var.clone(), m, v, None, 0.1, 60))
     opcheck(ops.update_running_stats_, (mean.clone(), var.clone(), m, v, torch.tensor(3), 0.0, 60))
@@ -289,7 +297,7 @@ def test_gradients_only_where_needed():
 
 def test_running_statistics_are_functions_of_the_schema():
     """Forward ops write nothing; the one op that does says so."""
-    for name in ("bn_act", "conv_bn_act", "bn_act_maxpool", "add_act", "conv_bias_act"):
+    for name in ("bn_act", "conv_bn_act", "conv1x1_bn_act", "bn_act_maxpool", "add_act", "conv_bias_act"):
         assert not getattr(ops, name).default._schema.is_mutable
     assert ops.update_running_stats_.default._schema.is_mutable
 

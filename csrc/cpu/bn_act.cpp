@@ -17,32 +17,6 @@ float value_at(const void* p, int dtype, int64_t i) {
   return value;
 }
 
-// A point near each channel's mean, from a few values of it: sums of (x - point) do not cancel when the mean is large.
-std::vector<float> reference_points(const Tensor& x, bool channels_last) {
-  constexpr int64_t kSamples = 8;
-  const Shape shape(x);
-  const int dtype = dtype_index(x);
-  const void* data = x.const_data_ptr();
-  std::vector<float> points(divide_up(shape.channels, 16) * 16);
-  const int64_t samples = shape.count() < kSamples ? shape.count() : kSamples;
-  for (int64_t c = 0; c < shape.channels; ++c) {
-    double sum = 0;
-    int finite = 0;
-    for (int64_t s = 0; s < samples; ++s) {
-      const int64_t pixel = s * shape.count() / samples;
-      const int64_t image = pixel / shape.plane(), place = pixel % shape.plane();
-      const float value =
-          value_at(data, dtype,
-                   channels_last ? pixel * shape.channels + c : (image * shape.channels + c) * shape.plane() + place);
-      if (!std::isfinite(value)) continue;
-      sum += value;
-      ++finite;
-    }
-    points[c] = finite ? static_cast<float>(sum / finite) : 0.0f;
-  }
-  return points;
-}
-
 BnAct describe(const Tensor& x, bool channels_last, bool relu) {
   const Shape shape(x);
   BnAct args{};
@@ -145,6 +119,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y,
 }
 
 }  // namespace
+
+// Sums of (x - point) do not cancel when the mean is large.
+std::vector<float> reference_points(const Tensor& x, bool channels_last) {
+  constexpr int64_t kSamples = 8;
+  const Shape shape(x);
+  const int dtype = dtype_index(x);
+  const void* data = x.const_data_ptr();
+  std::vector<float> points(divide_up(shape.channels, 16) * 16);
+  const int64_t samples = shape.count() < kSamples ? shape.count() : kSamples;
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    double sum = 0;
+    int finite = 0;
+    for (int64_t s = 0; s < samples; ++s) {
+      const int64_t pixel = s * shape.count() / samples;
+      const int64_t image = pixel / shape.plane(), place = pixel % shape.plane();
+      const float value =
+          value_at(data, dtype,
+                   channels_last ? pixel * shape.channels + c : (image * shape.channels + c) * shape.plane() + place);
+      if (!std::isfinite(value)) continue;
+      sum += value;
+      ++finite;
+    }
+    points[c] = finite ? static_cast<float>(sum / finite) : 0.0f;
+  }
+  return points;
+}
 
 void batch_statistics(const Tensor& x, bool channels_last, double* mean, double* var) {
   const Shape shape(x);

@@ -142,6 +142,8 @@ class Parameters {
   std::vector<double> rest_, inverse_;  // mean - mean_hi; 1 / sqrt(var + eps)
 };
 
+// A point near each channel's mean, from a few values of it; padded to a multiple of 16 (bn_act.cpp).
+std::vector<float> reference_points(const Tensor& x, bool channels_last);
 // Mean and biased variance of each channel of x, in one pass over x (bn_act.cpp).
 void batch_statistics(const Tensor& x, bool channels_last, double* mean, double* var);
 

@@ -47,7 +47,7 @@ bool pack_winograd(const WeightView& view, int64_t tile, float* packed) {
 }
 
 // Cuts the work into blocks of pixels, and into ranges of panels where there are few pixels; each is one call of run.
-void run_gemm(const GemmConv& conv) {
+void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>& then) {
   const GemmConvKernels& kernels = gemm_conv_kernels();
   constexpr int64_t kCacheFloats = 1 << 16;  // 256 KB: half of a small L2, for the input of a block
   const int64_t pixels = conv.images * conv.grid_height * conv.grid_width, rows = kernels.tile_rows;
@@ -69,11 +69,13 @@ void run_gemm(const GemmConv& conv) {
     for (int64_t task = take(); task >= 0; task = take()) {
       if (parts == 1) {
         run(task, 0);
+        if (then) then(task * pixels / blocks, (task + 1) * pixels / blocks);
       } else {
         for (int64_t i = 0; i < blocks; ++i) run(i, task);
       }
     }
   });
+  if (then && parts > 1) then(0, pixels);
 }
 
 // x with zeros around it: [images, height + 2 pad_h, width + 2 pad_w, channels].

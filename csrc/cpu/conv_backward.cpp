@@ -110,8 +110,10 @@ Tensor conv_backward_input(const Tensor& grad_y, const Tensor& weight, const std
   return finite ? grad_x : cached_empty(0);
 }
 
+}  // namespace
+
 // The pixels are cut into parts whose sums are added in order: how many depends on the shape alone, so results are repeatable.
-void weight_gradient(const Geometry& g, const float* grad, const float* x, float* out) {
+void weight_gradient(const Geometry& g, const float* grad, const float* x, const float* origin, float* out) {
   const WeightGradientKernels& kernels = weight_gradient_kernels();
   const Taps taps = forward_taps(g);
   const bool padded = g.rows_as_taps();
@@ -132,6 +134,7 @@ void weight_gradient(const Geometry& g, const float* grad, const float* x, float
   p.depth = taps.pixels * g.in_channels;
   const std::vector<float> zeros(p.depth);
   p.zeros = zeros.data();
+  p.origin = origin;
   p.grad = grad;
   p.grad_pixel = p.channels = g.out_channels;
 
@@ -165,6 +168,8 @@ void weight_gradient(const Geometry& g, const float* grad, const float* x, float
     }
   });
 }
+
+namespace {
 
 // Returns whether the result is finite: an infinity of x or grad becomes NaN in the transforms.
 bool winograd_weight_gradient(const Geometry& g, const float* grad, const float* x, float* out) {
@@ -222,7 +227,7 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const std::ve
     return grad_weight;
   }
   if (method_of(g, winograd) == kGemm || !winograd_weight_gradient(g, grad, x_data, out)) {
-    weight_gradient(g, grad, x_data, out);
+    weight_gradient(g, grad, x_data, nullptr, out);
   }
   return grad_weight;
 }

@@ -15,6 +15,7 @@ struct WeightGradient {
   const int64_t *tap_h, *tap_w;
   int64_t depth;
   const float* zeros;
+  const float* origin;  // subtracted from x, which then has no padding; padded to whole vectors. Null: nothing
   const float* grad;
   int64_t grad_pixel, channels;
 };

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <vector>
 
 #include "buffers.h"
@@ -127,10 +128,15 @@ struct ForwardGemm {
   ForwardGemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
 };
 
-void run_gemm(const GemmConv& conv);  // all pixels and panels, on all threads
+// All pixels and panels, on all threads; then(begin, end) when these pixels are there.
+void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>& then = {});
 void conv_gemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
 // With the direct way behind it where x has an infinity or NaN.
 void conv_winograd(const Geometry& g, int64_t tile, const float* x, const float* packed, const Epilogue& epilogue,
                    float* y);
+
+// out[k][tap][c] = sum over pixels of grad[pixel][k] * (x[pixel moved by tap][c] - origin[c]). origin: null for zeros, else padded to
+// whole vectors, and only for convolutions without padding.
+void weight_gradient(const Geometry& g, const float* grad, const float* x, const float* origin, float* out);
 
 }  // namespace fastres

@@ -43,12 +43,15 @@ template <int NV>
 FASTRES_INLINE void weight_gradient_panel(const WeightGradient& p, int64_t tap, int64_t panel, int64_t count,
                                           const float* const* rows, const float* grad, float* packed, float* out) {
   const int64_t first = panel * kPanel, last_lanes = p.depth - first - (NV - 1) * W;
+  vf origin[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) origin[v] = p.origin ? load(p.origin + first + v * W) : vf{};
   for (int64_t i = 0; i < count; ++i) {
     const float* x = rows[i] + first;
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       const vf values = v == NV - 1 && last_lanes < W ? load(x + v * W, last_lanes) : load(x + v * W);
-      store(packed + (i * NV + v) * W, values);
+      store(packed + (i * NV + v) * W, values - origin[v]);
     }
   }
   for (int64_t k = 0; k < p.channels; k += kTileRows) {

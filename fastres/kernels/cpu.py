@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres import layout
+from fastres import layout, reference
 from fastres.kernels import convolution, extension
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,6 +37,18 @@ def conv_bn_act_why_not(x: Tensor, conv_weight: Tensor, *args: Any) -> str | Non
 
 def conv_bn_act_backward_why_not(grad_y: Tensor, x: Tensor, conv_weight: Tensor, raw: Tensor, *args: Any) -> str | None:
     return why_not(raw)
+
+
+def conv1x1_bn_act_why_not(x: Tensor, conv_weight: Tensor, *args: Any) -> str | None:
+    if x.dtype is not torch.float32 or conv_weight.dtype is not torch.float32:
+        return f"{x.dtype} input, {conv_weight.dtype} weight"
+    if reference.conv_format(x, conv_weight) is not torch.channels_last:
+        return "not channels_last"
+    return "empty batch" if x.numel() == 0 else None
+
+
+def conv1x1_bn_act_backward_why_not(grad_y: Tensor, x: Tensor, *args: Any) -> str | None:
+    return conv1x1_bn_act_why_not(x, args[0])
 
 
 def _float(t: Tensor | None) -> Tensor | None:
@@ -171,3 +183,58 @@ def conv_bn_act_backward(
         geometry = (stride, padding, dilation, groups)
         grads = convolution.convolve_backward(grad_raw, x, conv_weight, need_conv_bias, geometry, needed)
     return (*(x.new_empty(0) if g is None else g for g in grads), grad_weight, grad_bias, grad_residual)
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def conv1x1_bn_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    residual: Tensor | None,
+    training: bool,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    mean, var = (None, None) if training else (_double(mean), _double(var))
+    residual = None if residual is None else _nhwc(residual)
+    y, *rest = torch.ops.fastres_cpu.conv1x1_bn_act.default(
+        _nhwc(x), conv_weight.contiguous(), _float(weight), _float(bias), mean, var, residual, training, *options
+    )
+    return layout.in_format(y, torch.channels_last), *rest
+
+
+def conv1x1_bn_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Tensor,
+    var: Tensor,
+    x_mean: Tensor,
+    covariance: Tensor,
+    mask: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    grad_x, grad_conv_weight, grad_weight, grad_bias, masked = torch.ops.fastres_cpu.conv1x1_bn_act_backward.default(
+        _nhwc(grad_y),
+        _nhwc(x),
+        conv_weight.contiguous(),
+        _float(weight),
+        mean,
+        var,
+        x_mean,
+        covariance,
+        mask,
+        *options,
+    )
+    if grad_x.numel():
+        grad_x = layout.in_format(grad_x, torch.channels_last)
+    if masked.numel():
+        masked = layout.in_format(masked, torch.channels_last)
+    return grad_x, grad_conv_weight, grad_weight, grad_bias, masked

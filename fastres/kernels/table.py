@@ -74,13 +74,29 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         Kernel("cpu", cpu.conv_bn_act_backward, cpu.unavailable, cpu.conv_bn_act_backward_why_not),
         _reference("conv_bn_act_backward"),
     ],
+    ("conv1x1_bn_act", "cpu"): [
+        Kernel("cpu", cpu.conv1x1_bn_act, cpu.unavailable, cpu.conv1x1_bn_act_why_not),
+        _reference("conv1x1_bn_act"),
+    ],
+    ("conv1x1_bn_act_backward", "cpu"): [
+        Kernel("cpu", cpu.conv1x1_bn_act_backward, cpu.unavailable, cpu.conv1x1_bn_act_backward_why_not),
+        _reference("conv1x1_bn_act_backward"),
+    ],
     ("conv_bias_act", "cpu"): [
         Kernel("cpu", convolution.conv_bias_act, convolution.unavailable, convolution.why_not, convolution.prepare),
         Kernel("onednn", onednn.conv_bias_act, onednn.unavailable, onednn.why_not, onednn.prepare),
         _reference("conv_bias_act"),
     ],
 }
-OPS = (*_BATCH_NORM_OPS, "conv_bn_act", "conv_bn_act_backward", "conv_bias_act", "update_running_stats_")
+OPS = (
+    *_BATCH_NORM_OPS,
+    "conv_bn_act",
+    "conv_bn_act_backward",
+    "conv1x1_bn_act",
+    "conv1x1_bn_act_backward",
+    "conv_bias_act",
+    "update_running_stats_",
+)
 
 _forced: tuple[str, ...] | None = None
 
@@ -107,6 +123,12 @@ def select(op: str, args: tuple[Any, ...]) -> Kernel:
         reasons.append(f"{kernel.name}: {reason}")
     what = "; ".join(reasons) or f"{' or '.join(_forced or ())} has no kernel for it on {args[0].device.type}"
     raise RuntimeError(f"fastres::{op}: no kernel may serve this call ({what})")
+
+
+def fused_kernel_serves(op: str, args: tuple[Any, ...]) -> bool:
+    """Whether a kernel other than the reference serves this call."""
+    candidates = (kernel for kernel in kernels(op, args[0].device.type) if kernel.name != "reference")
+    return any(kernel.unavailable() is None and kernel.why_not(*args) is None for kernel in candidates)
 
 
 def setting() -> tuple[str, ...] | None:

@@ -1,6 +1,24 @@
 """The ops of fastres. Importing this package registers them as torch.ops.fastres.*; fastres.functional is how to call
 them."""
 
-from fastres.ops import add_act, bn_act, bn_act_maxpool, conv_bias_act, conv_bn_act, flops, update_running_stats
+from fastres.ops import (
+    add_act,
+    bn_act,
+    bn_act_maxpool,
+    conv1x1_bn_act,
+    conv_bias_act,
+    conv_bn_act,
+    flops,
+    update_running_stats,
+)
 
-__all__ = ["add_act", "bn_act", "bn_act_maxpool", "conv_bias_act", "conv_bn_act", "flops", "update_running_stats"]
+__all__ = [
+    "add_act",
+    "bn_act",
+    "bn_act_maxpool",
+    "conv1x1_bn_act",
+    "conv_bias_act",
+    "conv_bn_act",
+    "flops",
+    "update_running_stats",
+]

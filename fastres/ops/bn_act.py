@@ -50,7 +50,7 @@ def _fake_backward(
     need_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = layout.dense(x)
-    vector = x.new_empty(x.shape[1] if need_affine else 0, dtype=torch.promote_types(x.dtype, torch.float32))
+    vector = x.new_empty(x.shape[1] if need_affine else 0, dtype=reference.vector_dtype(x))
     return (
         torch.empty_like(x) if need_x else x.new_empty(0),
         vector,

@@ -1,6 +1,7 @@
 """fastres::conv_bn_act: act(batch_norm(conv(x)) + residual), where a gradient is wanted or batch statistics are used.
 
-Saved for backward: x, the raw convolution output, mean, var, and with residual and ReLU a mask of 1 bit a value.
+Saved for backward: x (or what it is made from, see recompute.py), the raw convolution output, mean, var, and with
+residual and ReLU a mask of 1 bit a value.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastres import layout, reference
-from fastres.ops import bn_act, registration
+from fastres.ops import bn_act, recompute, registration
 from fastres.ops.conv_bias_act import convolution_backward
 
 
@@ -108,30 +109,67 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         raise RuntimeError("fastres::conv_bn_act: gradients through a residual and a ReLU need save_mask=True")
     ctx.mark_non_differentiable(raw, mean, var, mask)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, conv_weight, conv_bias, raw, weight, bias, mean, var, mask if masked else None)
+    recompute.save(ctx, x, (conv_weight, conv_bias, raw, weight, bias, mean, var, mask if masked else None))
     ctx.geometry, ctx.options = tuple(geometry), (training, eps, relu)
 
 
+def _plain(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None,
+    keep: Tensor | None,
+    geometry: tuple[Any, ...],
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """The op without a residual in differentiable calls of PyTorch, in float64. keep: what the ReLU lets through."""
+    z = reference.convolution(x, conv_weight, conv_bias, *geometry)
+    if statistics is None:
+        var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+    else:
+        mean, var = statistics
+    z = reference.normalise(z, weight, bias, mean, var, eps)
+    return torch.where(~(z <= 0) if keep is None else keep, z, 0.0) if relu else z
+
+
+def second_order(
+    inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...], grad_y: Tensor, **options: Any
+) -> list[Tensor | None]:
+    """Gradients of x, conv_weight, conv_bias, weight and bias that can be differentiated again; options: `_plain`'s."""
+    return registration.second_order(lambda *tensors: _plain(*tensors, **options), inputs, needed, grad_y)
+
+
 def _second_order(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    x, conv_weight, conv_bias, raw, weight, bias, mean, var, mask = ctx.saved_tensors
-    stride, padding, dilation, groups = ctx.geometry
+    x, (conv_weight, conv_bias, raw, weight, bias, mean, var, mask) = recompute.saved(ctx)
     training, eps, relu = ctx.options
     need = ctx.needs_input_grad
     keep = None if mask is None else layout.unpack_mask(mask, raw.shape, layout.is_channels_last(raw))
-
-    def forward(
-        x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        z = reference.convolution(x, conv_weight, conv_bias, stride, padding, dilation, groups)
-        used_var, used_mean = torch.var_mean(z, (0, 2, 3), correction=0) if training else (var, mean)
-        z = reference.normalise(z, weight, bias, used_mean, used_var, eps)
-        return torch.where(~(z <= 0) if keep is None else keep, z, 0.0) if relu else z
-
-    grads = registration.second_order(forward, (x, conv_weight, conv_bias, weight, bias), need[:5], grad_y)
+    grads = second_order(
+        (x, conv_weight, conv_bias, weight, bias),
+        need[:5],
+        grad_y,
+        statistics=None if training else (mean, var),
+        keep=keep,
+        geometry=ctx.geometry,
+        eps=eps,
+        relu=relu,
+    )
     grad_residual = None
     if need[7]:
         grad_residual = grad_y if keep is None else torch.where(keep, grad_y, 0.0)
     return (*grads, None, None, grad_residual, *(None,) * 8)
+
+
+def again(ctx: Any) -> Tensor:
+    """The output of a call without a residual, computed again from what it saved, with its history."""
+    x, (conv_weight, conv_bias, _, weight, bias, mean, var, _) = recompute.saved(ctx)
+    training, eps, relu = ctx.options
+    statistics = None if training else (mean, var)
+    y = _plain(x, conv_weight, conv_bias, weight, bias, statistics, None, ctx.geometry, eps, relu)
+    return layout.in_format(y.to(x.dtype), reference.conv_format(x, conv_weight))
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -139,7 +177,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return (None,) * 16
     if torch.is_grad_enabled():
         return _second_order(ctx, grad_y)
-    x, conv_weight, conv_bias, raw, weight, bias, mean, var, mask = ctx.saved_tensors
+    x, (conv_weight, conv_bias, raw, weight, bias, mean, var, mask) = recompute.saved(ctx)
     need_x, need_conv_weight, need_conv_bias, need_weight, need_bias, _, _, need_residual = ctx.needs_input_grad[:8]
     grad_x, grad_conv_weight, grad_conv_bias, grad_weight, grad_bias, masked_grad = backward_op(
         grad_y,

@@ -36,3 +36,17 @@ def _conv_bn_act_backward(grad_y: Any, x: Any, conv_weight: Any, *args: Any, **k
     stride, padding, dilation = args[6:9]
     need_x, need_conv_weight = args[13:15]
     return (bool(need_x) + bool(need_conv_weight)) * _forward(x, conv_weight, stride, padding, dilation)
+
+
+_ONE = (1, 1)
+
+
+@flop_counter.register_flop_formula(torch.ops.fastres.conv1x1_bn_act)
+def _conv1x1_bn_act(x: Any, conv_weight: Any, *args: Any, **kw: Any) -> int:
+    return _forward(x, conv_weight, _ONE, (0, 0), _ONE)
+
+
+@flop_counter.register_flop_formula(torch.ops.fastres.conv1x1_bn_act_backward)
+def _conv1x1_bn_act_backward(grad_y: Any, x: Any, conv_weight: Any, *args: Any, **kw: Any) -> int:
+    need_x, need_conv_weight = args[9:11]
+    return (bool(need_x) + bool(need_conv_weight)) * _forward(x, conv_weight, _ONE, (0, 0), _ONE)

@@ -81,7 +81,7 @@ class BasicBlockForward(FusedModule):
         if _blocked(self, x, **children):
             return super().forward(x)  # type: ignore[misc]
         conv1, bn1, _, conv2, bn2 = children.values()
-        y = sites.conv_bn_act(conv1, bn1, x, act="relu")
+        y = sites.conv_bn_act(conv1, bn1, x, act="relu", recompute=True)
         return _join(conv2, bn2, y, _shortcut(self, x))
 
 
@@ -96,8 +96,8 @@ class BottleneckForward(FusedModule):
         if _blocked(self, x, **children):
             return super().forward(x)  # type: ignore[misc]
         conv1, bn1, _, conv2, bn2, conv3, bn3 = children.values()
-        y = sites.conv_bn_act(conv1, bn1, x, act="relu")
-        y = sites.conv_bn_act(conv2, bn2, y, act="relu")
+        y = sites.conv_bn_act(conv1, bn1, x, act="relu", recompute=True)
+        y = sites.conv_bn_act(conv2, bn2, y, act="relu", recompute=True)
         return _join(conv3, bn3, y, _shortcut(self, x))
 
 
