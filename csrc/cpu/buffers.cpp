@@ -1,7 +1,9 @@
 #include "buffers.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <new>
@@ -116,11 +118,40 @@ Cache& cache() {
   return *one;
 }
 
+// For tests (guard_buffers): each buffer lies between two guards and is full of NaN, in every dtype. What is written outside of it
+// is found when it is given back; a value that is read before it was written shows in the result.
+constexpr int64_t kGuard = 4096;
+constexpr unsigned char kGuardByte = 0xa5, kNanByte = 0xff;
+std::atomic<bool> guarding{false};
+std::atomic<int64_t> damaged{0};  // buffers
+
+void* guarded_allocate(int64_t bytes) {
+  auto* data = static_cast<unsigned char*>(std::malloc(bytes + 2 * kGuard));
+  if (data == nullptr) throw std::bad_alloc();
+  std::memset(data, kGuardByte, kGuard);
+  std::memset(data + kGuard, kNanByte, bytes);
+  std::memset(data + kGuard + bytes, kGuardByte, kGuard);
+  return data + kGuard;
+}
+
+void guarded_free(void* inner, int64_t bytes) {
+  auto* data = static_cast<unsigned char*>(inner) - kGuard;
+  const auto whole = [](const unsigned char* guard) {
+    return std::all_of(guard, guard + kGuard, [](unsigned char byte) { return byte == kGuardByte; });
+  };
+  if (!whole(data) || !whole(data + kGuard + bytes)) ++damaged;
+  std::free(data);
+}
+
 int64_t element_size(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : dtype == ScalarType::Byte ? 1 : 2; }
 
 Tensor from_cache(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype,
                   int64_t bytes) {
   const torch::stable::Device device(torch::headeronly::DeviceType::CPU);
+  if (guarding) {
+    return torch::stable::from_blob(guarded_allocate(bytes), sizes, strides, device, dtype,
+                                    [bytes](void* data) { guarded_free(data, bytes); });
+  }
   return torch::stable::from_blob(cache().take(bytes), sizes, strides, device, dtype,
                                   [bytes](void* data) { cache().give_back(data, bytes); });
 }
@@ -131,13 +162,16 @@ constexpr int64_t kCached = INT64_MAX;  // the sanitizer watches the ends of buf
 constexpr int64_t kCached = kSmallest;
 #endif
 
+// Whether the ordinary allocator serves a tensor of so many bytes.
+bool ordinary(int64_t bytes) { return bytes < kCached && !guarding; }
+
 }  // namespace
 
 Tensor cached_empty(int64_t images, int64_t channels, int64_t height, int64_t width, ScalarType dtype,
                     bool channels_last) {
   using torch::headeronly::MemoryFormat;
   const int64_t plane = height * width, bytes = images * channels * plane * element_size(dtype);
-  if (bytes < kCached) {
+  if (ordinary(bytes)) {
     return torch::stable::empty({images, channels, height, width}, dtype, std::nullopt, std::nullopt, std::nullopt,
                                 channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   }
@@ -150,7 +184,7 @@ Tensor cached_empty(int64_t images, int64_t channels, int64_t height, int64_t wi
 
 Tensor cached_empty_like(const Tensor& x) {
   const int64_t bytes = x.numel() * element_size(x.scalar_type());
-  if (bytes < kCached) return torch::stable::empty_like(x);
+  if (ordinary(bytes)) return torch::stable::empty_like(x);
   std::vector<int64_t> sizes, strides;
   for (int64_t d = 0; d < x.dim(); ++d) {
     sizes.push_back(x.size(d));
@@ -160,16 +194,20 @@ Tensor cached_empty_like(const Tensor& x) {
 }
 
 Tensor cached_empty(int64_t floats) {
-  if (floats * 4 < kCached) return torch::stable::empty({floats}, ScalarType::Float);
+  if (ordinary(floats * 4)) return torch::stable::empty({floats}, ScalarType::Float);
   return from_cache({floats}, {1}, ScalarType::Float, floats * 4);
 }
 
-Scratch::Scratch(int64_t floats) : bytes_(floats * 4) {
-  data_ = static_cast<float*>(bytes_ < kCached ? std::malloc(bytes_) : cache().take(bytes_));
+Scratch::Scratch(int64_t floats) : bytes_(floats * 4), guarded_(guarding) {
+  data_ = static_cast<float*>(guarded_           ? guarded_allocate(bytes_)
+                              : bytes_ < kCached ? std::malloc(bytes_)
+                                                 : cache().take(bytes_));
   if (data_ == nullptr) throw std::bad_alloc();
 }
 Scratch::~Scratch() {
-  if (bytes_ < kCached) {
+  if (guarded_) {
+    guarded_free(data_, bytes_);
+  } else if (bytes_ < kCached) {
     std::free(data_);
   } else {
     cache().give_back(data_, bytes_);
@@ -180,16 +218,24 @@ void empty_cache() { cache().empty(); }
 int64_t cached_bytes() { return cache().kept(); }
 void set_cache_limit(int64_t bytes) { cache().set_limit(bytes); }
 
+// Switches the guards of new buffers on or off. Returns how many buffers had damaged ones since the last call.
+int64_t guard_buffers(bool on) {
+  guarding = on;
+  return damaged.exchange(0);
+}
+
 }  // namespace fastres
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_cpu, m) {
   m.def("empty_cache() -> ()");
   m.def("cached_bytes() -> int");
   m.def("set_cache_limit(int bytes) -> ()");
+  m.def("guard_buffers(bool on) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_cpu, CompositeExplicitAutograd, m) {
   m.impl("empty_cache", TORCH_BOX(&fastres::empty_cache));
   m.impl("cached_bytes", TORCH_BOX(&fastres::cached_bytes));
   m.impl("set_cache_limit", TORCH_BOX(&fastres::set_cache_limit));
+  m.impl("guard_buffers", TORCH_BOX(&fastres::guard_buffers));
 }

@@ -24,6 +24,7 @@ class Scratch {
  private:
   float* data_;
   int64_t bytes_;
+  bool guarded_;  // between guards, for tests
 };
 
 }  // namespace fastres
