@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastres import functional
 from fastres.kernels import extension
 from fastres.testing import budget, relative_error
 
@@ -28,14 +29,16 @@ class Conv:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
 
     def __str__(self):
         text = "_".join("x".join(map(str, shape)) for shape in (self.x, self.weight, self.stride, self.padding))
-        return text if self.dilation == (1, 1) else text + f"_{self.dilation[0]}x{self.dilation[1]}"
+        text = text if self.dilation == (1, 1) else text + f"_{self.dilation[0]}x{self.dilation[1]}"
+        return text if self.groups == 1 else text + f"_g{self.groups}"
 
     @property
     def geometry(self):
-        return self.stride, self.padding, self.dilation, 1
+        return self.stride, self.padding, self.dilation, self.groups
 
     @property
     def y(self):
@@ -49,11 +52,12 @@ class Conv:
     def methods(self, winograd=True):
         """The method of y, grad_x and grad_weight."""
         k, c, *kernel = self.weight
+        shape = (c * self.groups, k // self.groups, *kernel)  # of the data gradient's weight
         method, back = self.method(winograd), GEMM
         full = [d * (n - 1) - p for n, p, d in zip(kernel, self.padding, self.dilation, strict=True)]
         if self.stride == (1, 1) and min(full) >= 0:
-            back = OPS.conv_method(self.y, (c, k, *kernel), self.stride, full, self.dilation, 1, winograd)
-        return method, back, GEMM if method == GEMM else WINOGRAD
+            back = OPS.conv_method(self.y, shape, self.stride, full, self.dilation, self.groups, winograd)
+        return method, back, WINOGRAD if method in (WINOGRAD, WINOGRAD2) else method
 
     def tensors(self):
         """x, weight, bias, residual, grad_y."""
@@ -95,6 +99,18 @@ def fused(conv, tensors, winograd=True):
         grad_x(conv, grad, weight, winograd),
         grad_weight(conv, grad, x, winograd),
     )
+
+
+def by_functions(conv, tensors, act="relu"):
+    """y, grad_x and grad_weight by the public functions, whichever kernel serves. The gradients pass a batch norm that
+    changes no bit."""
+    x, weight, bias, residual, grad = tensors
+    where = dict(zip(("stride", "padding", "dilation", "groups"), conv.geometry, strict=True))
+    y = functional.conv_bias_act(x, weight, bias, residual, act=act, **where)
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    zeros, ones = torch.zeros(weight.shape[0]), torch.ones(weight.shape[0])
+    raw = functional.conv_bn_act(x, weight, zeros, ones, eps=0.0, act="identity", **where)
+    return y, *torch.autograd.grad(raw, (x, weight), grad)
 
 
 def eager_grads(conv, grad, x, weight):

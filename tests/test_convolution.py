@@ -6,40 +6,8 @@ import torch.nn.functional as F
 from _convolution import GEMM, INF, NAMES, NHWC, OPS, WINOGRAD, WINOGRAD2, Conv, check, forward, fused, square
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from fastres import models
 from fastres.testing import relative_error
-
-
-def of_models():
-    """Every distinct convolution of ResNet-18 and -50 at 224 pixels."""
-    found = {}
-
-    def note(module, args, y):
-        conv = Conv(tuple(args[0].shape), tuple(module.weight.shape), module.stride, module.padding, module.dilation)
-        found[conv] = None
-
-    with torch.device("meta"):
-        for name in ("resnet18", "resnet50"):
-            model = models.create_model(name)
-            for module in model.modules():
-                if isinstance(module, nn.Conv2d):
-                    module.register_forward_hook(note)
-            model(torch.empty(1, 3, 224, 224))
-    return list(found)
-
-
-CIFAR = [
-    square(3, 16, 3, 1, 1, 32),
-    square(16, 16, 3, 1, 1, 32),
-    square(16, 32, 3, 2, 1, 32),
-    square(16, 32, 1, 2, 0, 32),
-    square(32, 32, 3, 1, 1, 16),
-    square(32, 64, 3, 2, 1, 16),
-    square(32, 64, 1, 2, 0, 16),
-    square(64, 64, 3, 1, 1, 8),
-]
 
 UGLY = [
     # channels
@@ -89,16 +57,6 @@ UGLY = [
     Conv((3, 24, 7, 15), (40, 24, 3, 3), (1, 1), (1, 1)),
     Conv((1, 8, 23, 3), (8, 8, 3, 3), (1, 1), (1, 1)),
 ]
-
-
-@pytest.mark.parametrize("conv", [*of_models(), *CIFAR], ids=str)
-def test_convolutions_of_resnets(conv):
-    tensors = conv.tensors()
-    got = fused(conv, tensors)
-    check(conv, tensors, got, conv.methods())
-    x, weight, *rest = tensors
-    other = fused(conv, (x, weight.contiguous(), *rest))
-    assert all(torch.equal(a, b) for a, b in zip(got, other, strict=True)), "depends on the layout of the weight"
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, NHWC], ids=str)
