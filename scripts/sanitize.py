@@ -17,10 +17,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = [
-    "tests/test_kernels_cpu.py",
-    *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_convolution*.py")),
-]
+TESTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("test_kernels_cpu*.py", "test_convolution*.py")
+    for path in (ROOT / "tests").glob(pattern)
+)
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",  # Python and PyTorch leak at exit
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
