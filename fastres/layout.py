@@ -32,6 +32,17 @@ def like(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+def plain(weight: Tensor) -> Tensor:
+    """`weight`, copied if its strides are not those of a new tensor in NCHW or NHWC order.
+
+    They may differ where a size is 1 although the tensor is dense: oneDNN then computes wrong values (PyTorch 2.13).
+    """
+    _, c, h, w = weight.shape
+    if weight.stride() in ((c * h * w, h * w, w, 1), (c * h * w, 1, w * c, c)):
+        return weight
+    return weight.clone(memory_format=memory_format(weight))
+
+
 def in_format(x: Tensor, order: torch.memory_format) -> Tensor:
     """`x` dense in the given order; where NCHW and NHWC are the same (one channel, or 1x1 maps), with NCHW strides, as
     eager's."""

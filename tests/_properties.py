@@ -86,13 +86,14 @@ class Truth:
 
 
 def assert_close(name, got, truth, witness, *, winograd=False):
-    """Within twice eager's error or 16 roundings, or what Winograd may be off by, relative to truth.norm.
+    """Within twice eager's error or 16 roundings (4 in half precision: sums run in float32), or what Winograd may be
+    off by, relative to truth.norm.
 
     Not to the norm of the value alone: a few sums whose terms cancel by chance have any relative error.
     """
     assert got.shape == truth.value.shape, name
     error, eager = (float((t.detach().double() - truth.value).norm()) for t in (got, witness))
-    roundings = 16 * unit_roundoff(got.dtype)
+    roundings = (16 if got.dtype is torch.float32 else 4) * unit_roundoff(got.dtype)
     roundings = max(roundings, WINOGRAD) if winograd and got.dtype is torch.float32 else roundings
     limit = max(2 * eager, roundings * truth.norm, 1e-30)
     assert error <= limit, f"{name}: error {error:.2e}, budget {limit:.2e}"

@@ -127,7 +127,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any
     if why_not(x, weight, bias, None, *geometry) is None:
         return conv_bias_act(x, weight, bias, None, *geometry, False)
     stride, padding, dilation, groups = geometry
-    y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+    y = torch.ops.aten.convolution(x, layout.plain(weight), bias, stride, padding, dilation, False, [0, 0], groups)
     return layout.in_format(y, reference.conv_format(x, weight))
 
 
@@ -145,8 +145,9 @@ def convolve_backward(
     if not served:
         stride, padding, dilation, groups = geometry
         bias_sizes = [weight.shape[0]] if has_bias else None
+        where = (stride, padding, dilation, False, [0, 0], groups)
         return torch.ops.aten.convolution_backward(
-            grad.to(dtype), x, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)
+            grad.to(dtype), x, layout.plain(weight), bias_sizes, *where, list(needed)
         )
     if grad_x is not None:
         grad_x = layout.in_format(grad_x, torch.channels_last).to(dtype)

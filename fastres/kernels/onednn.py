@@ -85,7 +85,7 @@ def conv_bias_act(
     dtype, order = compute_dtype(x.dtype), reference.conv_format(x, weight)
     storage = x.dtype
     x = x.to(dtype)
-    weight = weight if weight.is_mkldnn else weight.to(dtype)
+    weight = weight if weight.is_mkldnn else layout.plain(weight.to(dtype))
     bias = None if bias is None else bias.to(dtype)
     geometry = (padding, stride, dilation, groups)
     added = residual is not None and residual.shape[2:] != (1, 1)  # in PyTorch 2.11 it cannot add to maps of one pixel
