@@ -17,10 +17,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# Not the networks: their convolutions take minutes here and have no geometry that the others lack.
+NETWORKS = ("test_convolution_nets.py", "test_convolution_threads.py")
 TESTS = sorted(
     str(path.relative_to(ROOT))
     for pattern in ("test_kernels_cpu*.py", "test_convolution*.py")
     for path in (ROOT / "tests").glob(pattern)
+    if path.name not in NETWORKS
 )
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",  # Python and PyTorch leak at exit
