@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastres.bench.saved import SavedTensors
 from fastres.bench.task import Task, build_model
 
 
@@ -129,6 +130,12 @@ class Eager(Contender):
             self.optimizer.zero_grad(set_to_none=True)
             self.train_step()
         self.synchronize()
+
+    def saved(self) -> dict[str, int]:
+        """What one training step keeps for its backward pass: bytes, and the number of storages."""
+        with SavedTensors(self.model) as found:
+            self.step()
+        return {"bytes": found.bytes, "storages": found.storages}
 
     def synchronize(self) -> None:
         if self.task.device == "cuda":

@@ -4,6 +4,7 @@
     {"do": "setup", "task": {...}}                               -> {"seconds": ..., what after_setup says}
     {"do": "run", "iterations": 10}                              -> {"samples": [seconds, ...], "cpu": seconds}
     {"do": "memory"}                                             -> {"peak": bytes, "baseline": bytes}
+    {"do": "saved"}                                              -> {"bytes": kept for backward, "storages": number}
 
 A command that fails is answered with {"failed": "why"}. Between commands the process waits in a blocking read;
 every answer has the seconds ("idle") and processor seconds ("idle_cpu") that it waited before the command, so that the
@@ -22,7 +23,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from fastres.bench.contenders import Contender
+from fastres.bench.contenders import Contender, Eager
 from fastres.bench.task import Task
 
 
@@ -102,6 +103,11 @@ class Worker:
 
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {"peak": peak, "baseline": self.baseline}
+
+    def saved(self) -> dict[str, Any]:
+        if not isinstance(self.contender, Eager):
+            raise RuntimeError("only a PyTorch contender that is set up has tensors saved for backward")
+        return dict(self.contender.saved())
 
 
 def main() -> None:

@@ -1,0 +1,128 @@
+"""Memory of a training step: what is saved for the backward pass, and the peak of resident memory.
+
+    python benchmarks/memory.py resnet18 resnet50 --batch 4
+    make bench-cpu ARGS=memory
+
+Eager channels_last and fastres, each in a process of its own, with the same weights and images. *Saved* counts every
+storage that autograd keeps for the backward pass once (saved-tensor hooks), without parameters and buffers. *Peak* is
+resident memory during two steps (forward, backward, SGD with momentum) after the first, above what the process had
+after its imports: weights, gradients and the optimizer's state are part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastres import images as photographs
+from fastres.bench import harness, report
+from fastres.bench.process import ContenderError, Process
+from fastres.bench.table import CONTENDERS, contender_class
+from fastres.bench.task import Task, prepared_model, write_files
+from fastres.errors import UserError
+
+MODELS = ("resnet18", "resnet50")
+_TIMEOUT = 300.0
+
+
+def measure(name: str, task: Task) -> dict[str, Any]:
+    """Saved bytes and peak of one contender, in a new process.
+
+    Raises:
+        ContenderError: if it fails, dies or hangs.
+    """
+    process = Process(CONTENDERS[name], task.threads, task.folder, name)
+    try:
+        process.receive(_TIMEOUT)  # its imports
+        process.ask(_TIMEOUT, do="setup", task=task.to_json())
+        process.ask(_TIMEOUT, do="run", iterations=2)
+        memory = process.ask(_TIMEOUT, do="memory")
+        saved = process.ask(_TIMEOUT, do="saved")  # last: it keeps every storage until it has counted
+    finally:
+        process.end()
+    return {
+        "name": name,
+        "title": contender_class(name).title,
+        "saved_bytes": saved["bytes"],
+        "saved_storages": saved["storages"],
+        "peak_bytes": memory["peak"],
+        "peak_over_imports_bytes": max(0, memory["peak"] - memory["baseline"]),
+    }
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Add to every row its ratios to the first."""
+    for row in rows:
+        for key in ("saved_bytes", "peak_over_imports_bytes"):
+            row[key.replace("bytes", "ratio")] = row[key] / rows[0][key]
+
+
+def run(models: list[str], batch: int, size: int, threads: int) -> list[dict[str, Any]]:
+    """One table a model: its contenders, eager channels_last first.
+
+    Raises:
+        UserError: for an unknown model, or a batch or size below 1.
+        ContenderError: if a contender fails.
+    """
+    options = harness.Options(models=models, modes=["train"], batches={"train": [batch]}, size=size, threads=threads)
+    options.check()
+    tables = []
+    images = photographs.photographs(batch, size)
+    for model in models:
+        with tempfile.TemporaryDirectory(prefix="fastres-memory-") as folder:
+            write_files(prepared_model(model, images), images, folder)
+            task = Task(model, "train", batch, "float32", "cpu", size, options.threads, folder)
+            rows = [measure(name, task) for name in harness.ALWAYS]
+        compare(rows)
+        about = {key: value for key, value in task.to_json().items() if key not in ("folder", "exports")}
+        tables.append({**about, "title": task.title, "contenders": rows})
+    return tables
+
+
+def show(console: Console, tables: list[dict[str, Any]]) -> None:
+    table = Table(title="memory of a training step", title_justify="left", box=None, header_style="bold")
+    columns = ("network", "contender", "saved MiB", "x eager", "storages", "peak MiB", "x eager")
+    for name in columns:
+        table.add_column(name, justify="left" if name in columns[:2] else "right")
+    for found in tables:
+        for row in found["contenders"]:
+            table.add_row(
+                f"{found['model']}, batch {found['batch']}, {found['size']} px",
+                row["title"],
+                f"{row['saved_bytes'] / 2**20:,.1f}",
+                f"{row['saved_ratio']:.2f}",
+                str(row["saved_storages"]),
+                f"{row['peak_over_imports_bytes'] / 2**20:,.0f}",
+                f"{row['peak_over_imports_ratio']:.2f}",
+            )
+    console.print(table)
+    console.print()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"(default: {' '.join(MODELS)})")
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="(default: 4)")
+    parser.add_argument("--size", type=int, default=224, metavar="N", help="height and width (default: 224)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="(default: one per core)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    options = parser.parse_args()
+    try:
+        tables = run(options.models or list(MODELS), options.batch, options.size, options.threads)
+    except (UserError, ContenderError) as error:
+        print(f"memory.py: error: {error}", file=sys.stderr)
+        return 2
+    show(Console(width=max(Console().width, report.WIDTH)), tables)
+    if options.json:
+        report.write_json({"schema": 1, "tables": tables}, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
