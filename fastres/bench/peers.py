@@ -1,4 +1,4 @@
-"""The contenders that are no PyTorch: ONNX Runtime, OpenVINO and ncnn; fp32 inference on the CPU.
+"""The contenders that are no PyTorch: ONNX Runtime, OpenVINO and ncnn; inference on the CPU, fp32 (OpenVINO: bf16 too).
 
 Each gets its strongest settings for one stream of batches: all threads inside one inference, all graph optimisations.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastres.bench import machine
 from fastres.bench.contenders import Contender, logits_error
 from fastres.bench.task import Task
 
@@ -19,7 +20,7 @@ from fastres.bench.task import Task
 class Peer(Contender):
     devices = ("cpu",)
     modes = ("infer",)
-    dtypes = ("float32",)
+    dtypes: tuple[str, ...] = ("float32",)
     exported_by = "onnx"
 
     def __init__(self, task: Task) -> None:
@@ -73,6 +74,14 @@ class OnnxRuntime(Peer):
 class OpenVino(Peer):
     title = "OpenVINO"
     packages = ("openvino", "onnx")
+    dtypes = ("float32", "bfloat16")
+
+    @classmethod
+    def why_not(cls, mode: str, dtype: str, device: str) -> str | None:
+        has_bf16 = {"avx512_bf16", "amx_bf16"}.intersection(machine.cpu()["isa"])
+        if dtype == "bfloat16" and not has_bf16:
+            return "computes bf16 in fp32 on this processor"
+        return super().why_not(mode, dtype, device)
 
     @classmethod
     def imports(cls) -> None:
@@ -84,7 +93,7 @@ class OpenVino(Peer):
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.task.threads,
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[self.task.dtype],
         }
         compiled = openvino.Core().compile_model(os.fspath(self.task.file("model.onnx")), "CPU", options)
         self.request = compiled.create_infer_request()
