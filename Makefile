@@ -9,7 +9,7 @@ help:
 	@echo "make test           the tests                                    ARGS='-k fuse' goes to pytest"
 	@echo "make bench          whole networks against other engines         ARGS='resnet34 --mode infer' goes to fastres bench"
 	@echo "make bench-ops      every op at the shapes of real layers        ARGS goes to pytest"
-	@echo "make bench-cpu      the convolutions of the ResNets, layer by layer"
+	@echo "make bench-cpu      networks, layers, memory, sweeps on the CPU  ARGS='layers depth': these parts; --help lists all"
 	@echo "make test-matrix    the tests with the oldest, a middle and the newest PyTorch"
 	@echo "make test-sanitize  the kernels under a sanitizer                KIND=undefined or address (default: both)"
 	@echo "make lint           ruff, clang-format, mypy"

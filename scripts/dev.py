@@ -4,7 +4,7 @@
     python3 scripts/dev.py test [pytest arguments]       the tests
     python3 scripts/dev.py bench [arguments]             fastres bench: whole networks, against other engines
     python3 scripts/dev.py bench-ops [pytest arguments]  benchmarks/: every op at the shapes of real layers
-    python3 scripts/dev.py bench-cpu [arguments]         benchmarks/cpu.py: convolutions, layer by layer
+    python3 scripts/dev.py bench-cpu [arguments]         benchmarks/cpu.py: everything about the CPU
     python3 scripts/dev.py lint | format                 checks, or mends, style and types
     python3 scripts/dev.py python [arguments]            Python, in the environment of the tests
 
@@ -33,12 +33,12 @@ EXTRAS = {
     "test": ["test"],
     "bench": ["bench", "peers"],
     "bench-ops": ["test"],
-    "bench-cpu": ["test"],
+    "bench-cpu": ["bench", "peers", "ncnn"],
     "lint": ["lint"],
     "format": ["lint"],
     "python": ["test"],
 }
-OPTIONAL_EXTRAS = {"peers"}  # what is not to be had here is left out
+OPTIONAL_EXTRAS = {"peers", "ncnn"}  # what is not to be had here is left out
 BUILD_VARIABLES = ("CXX", "CXXFLAGS", "LDFLAGS", "FASTRES_BUILD_EXT", "FASTRES_SANITIZE", "FASTRES_TORCH_DIR")
 
 

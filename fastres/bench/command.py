@@ -12,7 +12,7 @@ from fastres.bench import harness, plot, report
 from fastres.errors import UserError
 
 
-def _contenders(peers: str | None) -> list[str]:
+def contenders(peers: str | None) -> list[str]:
     """The contenders that `--peers` asks for, in the order of the table."""
     if peers is None:
         return list(harness.CONTENDERS)
@@ -25,7 +25,7 @@ def _contenders(peers: str | None) -> list[str]:
 
 def _options(given: argparse.Namespace) -> harness.Options:
     options = harness.Options(
-        contenders=_contenders(given.peers),
+        contenders=contenders(given.peers),
         **{
             name: getattr(given, name)
             for name in ("dtype", "device", "threads", "rounds", "seconds", "size", "checkpoint", "images", "timeout")
@@ -40,7 +40,7 @@ def _options(given: argparse.Namespace) -> harness.Options:
 
 
 @contextmanager
-def _progress() -> Iterator[harness.Say]:
+def progress(program: str) -> Iterator[harness.Say]:
     """A progress bar on a terminal; elsewhere (CI logs) a line for each table."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -53,7 +53,7 @@ def _progress() -> Iterator[harness.Say]:
             title = text.partition(":")[0]
             if title not in seen:
                 seen.add(title)
-                print(f"fastres bench: {title}", file=sys.stderr, flush=True)
+                print(f"{program}: {title}", file=sys.stderr, flush=True)
 
         yield line
         return
@@ -72,7 +72,7 @@ def run(given: argparse.Namespace) -> int:
     options = _options(given)
     # A terminated benchmark ends its contenders and removes its files, as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    with _progress() as say:
+    with progress("fastres bench") as say:
         result = harness.run(options, say)
     console = Console(highlight=False)
     console.width = max(console.width, report.WIDTH)

@@ -61,7 +61,8 @@ def write(result: dict[str, Any], path: Path) -> None:
                 color=_TEXT,
             )
         axis.set_yticks(list(places), [row["title"] for row in rows], fontsize=8.5)
-        axis.set_title(task["title"], fontsize=10, loc="left", color=_TEXT)
+        about = "" if report.settings(task) == report.settings(tasks[0]) else f"\n{report.settings(task)}"
+        axis.set_title(task["title"] + about, fontsize=10, loc="left", color=_TEXT)
         axis.set_xlim(0, max(speeds) * 1.5)
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right", "left"]].set_visible(False)

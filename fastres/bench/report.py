@@ -24,7 +24,8 @@ def _spread(row: dict[str, Any]) -> str:
     return f"{low * 100:+.0f}..{high * 100:+.0f} %"
 
 
-def _ratio(comparison: dict[str, Any] | None) -> str:
+def ratio(comparison: dict[str, Any] | None) -> str:
+    """A comparison that `harness.compare` made: "1.62x", or "no diff."; "1" for what is compared with itself."""
     if comparison is None:
         return "1"
     return "no diff." if comparison["verdict"] == "no difference" else f"{comparison['ratio']:.2f}x"
@@ -50,8 +51,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         milliseconds(row["median_seconds"]),
         _spread(row),
         f"{row['images_per_second']:.1f}",
-        _ratio(row.get("vs_eager")),
-        _ratio(row.get("vs_best_peer")),
+        ratio(row.get("vs_eager")),
+        ratio(row.get("vs_best_peer")),
         f"{row['setup_seconds']:.1f} s",
         _break_even(row),
         f"{row['peak_over_imports_bytes'] / 2**20:,.0f}",
