@@ -24,9 +24,9 @@ THREADS = (1, 2)
 DEPTHS = (18, 34, 50, 101, 152)
 PAIR = ("resnet18", "resnet50")
 
-#: Environment that holds a library to AVX2 on a processor with more. OpenVINO's convolutions obey oneDNN's variable
-#: (tried with SSE41); OV_CPU_MAX_ISA is for its other kernels, in builds that know it. ONNX Runtime and ncnn choose by
-#: themselves and have no switch.
+#: Environment that holds a library to AVX2 on a processor with more. The oneDNN in PyTorch and in OpenVINO obeys its
+#: variable (tried with SSE41); OV_CPU_MAX_ISA is for OpenVINO's other kernels, in builds that know it. ONNX Runtime and
+#: ncnn choose by themselves and have no switch.
 AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",  # PyTorch and Inductor
     "ONEDNN_MAX_CPU_ISA": "AVX2",
