@@ -210,6 +210,20 @@ def test_command_writes_a_file_and_a_chart_for_each_part(
     assert all(options.contenders == [n for n in harness.CONTENDERS if n != "eager"] for options, _ in asked)
 
 
+def test_networks_have_the_full_tables_too(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "cpu", lambda: {"model": "none", **AVX512})
+    assert command(monkeypatch, "networks", "bf16", "--peers", "openvino", "--out", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert "pays after" in out and "whole networks: ms of an iteration (2 threads, float32" in out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"cpu-2core-avx512-{part}.{end}" for part in ("networks", "bf16") for end in ("json", "png")
+    }
+    assert {options.dtype for options, _ in asked} == {"float32", "bfloat16"}
+    assert all(options.contenders == ["channels_last", "openvino", "fastres"] for options, _ in asked)
+
+
 def test_headings_say_what_differs() -> None:
     common = {"threads": 2, "dtype": "float32", "size": 224}
     tables = [{**common, "title": "a"}, {**common, "title": "b", "size": 32, "threads": 1}]
