@@ -41,7 +41,8 @@ static void pack_gradient(const WeightGradient& p, int64_t begin, int64_t count,
 
 template <int NV>
 FASTRES_INLINE void weight_gradient_panel(const WeightGradient& p, int64_t tap, int64_t panel, int64_t count,
-                                          const float* const* rows, const float* grad, float* packed, float* out) {
+                                          const float* const* rows, const float* grad, float* packed,
+                                          const float*& ahead, int64_t lines, float* out) {
   const int64_t first = panel * kPanel, last_lanes = p.depth - first - (NV - 1) * W;
   vf origin[NV];
 #pragma GCC unroll 4
@@ -57,6 +58,7 @@ FASTRES_INLINE void weight_gradient_panel(const WeightGradient& p, int64_t tap, 
   for (int64_t k = 0; k < p.channels; k += kTileRows) {
     float* to = out + (k * p.taps + tap) * p.depth + first;
     const int64_t valid = p.channels - k;
+    for (int64_t i = 0; i < lines; ++i, ahead += 16) __builtin_prefetch(ahead, 0, 2);
     outer_tile<NV>(grad + k * count, kTileRows, packed, count, [&](int r, int v, vf sum) {
       if (r >= valid) return;
       float* place = to + r * p.taps * p.depth + v * W;
@@ -74,6 +76,10 @@ static void weight_gradient_run(const WeightGradient& p, int64_t begin, int64_t 
   const int64_t count = end - begin, plane = p.grid_height * p.grid_width;
   float* packed = scratch + (p.channels + kTileRows - 1) / kTileRows * kTileRows * count;
   pack_gradient(p, begin, count, scratch);
+  // The gradient of the next block is fetched into L2 meanwhile.
+  const int64_t tiles = (p.channels + kTileRows - 1) / kTileRows * (last - first) * p.taps;
+  const int64_t lines = (count * p.grad_pixel / 16 + tiles - 1) / tiles;
+  const float* ahead = p.grad + end * p.grad_pixel;
   for (int64_t tap = 0; tap < p.taps; ++tap) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t image = (begin + i) / plane, pixel = (begin + i) % plane;
@@ -84,7 +90,7 @@ static void weight_gradient_run(const WeightGradient& p, int64_t begin, int64_t 
     }
     for (int64_t panel = first; panel < last; ++panel) {
       with_vectors(panel_vectors(p.depth, panel), [&](auto vectors) {
-        weight_gradient_panel<decltype(vectors)::n>(p, tap, panel, count, table, scratch, packed, out);
+        weight_gradient_panel<decltype(vectors)::n>(p, tap, panel, count, table, scratch, packed, ahead, lines, out);
       });
     }
   }
