@@ -72,6 +72,8 @@ def run(models: list[str], batch: int, size: int, threads: int) -> list[dict[str
     """
     options = harness.Options(models=models, modes=["train"], batches={"train": [batch]}, size=size, threads=threads)
     options.check()
+    if size < 1:
+        raise UserError(f"--size must be above zero, not {size}")
     tables = []
     images = photographs.photographs(batch, size)
     for model in models:

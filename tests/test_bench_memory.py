@@ -51,7 +51,7 @@ def test_memory_of_eager_and_fastres() -> None:
         assert row["saved_bytes"] > 2 * 64 * 16 * 16 * 4 and 134e6 < row["peak_over_imports_bytes"] < row["peak_bytes"]
 
 
-@pytest.mark.parametrize("arguments", [["resnet19"], ["--batch", "0"], ["--size", "-1"]], ids=str)
+@pytest.mark.parametrize("arguments", [["resnet19"], ["--batch", "0"], ["--size", "-1"], ["--size", "0"]], ids=str)
 def test_bad_options_are_one_line(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
