@@ -204,9 +204,10 @@ def bad_calls():
 
     grouped = (*where[:3], 2)
     not_dense, no_shape = "dense in channels_last", "must have the shape of"
+    no_dtype = "serves float32, bfloat16 and float16"
     return {
-        "float64 x": (run(x=x.double()), "x must be float32"),
-        "bfloat16 x": (run(x=x.bfloat16()), "x must be float32"),
+        "float64 x": (run(x=x.double()), no_dtype),
+        "bfloat16 x, float32 residual": (run(x=x.bfloat16(), residual=residual), "residual must have the dtype"),
         "NCHW x": (run(x=x.contiguous()), f"x must be {not_dense}"),
         "x with gaps": (run(x=nhwc(2, 32, 14, 14)[:, :16]), f"x must be {not_dense}"),
         "3D x": (run(x=x[0]), "4 dimensions|[Dd]imension out of range"),
@@ -231,15 +232,16 @@ def bad_calls():
         "negative padding": (pack(where=((1, 1), (1, -1), (1, 1), 1)), "unsupported convolution"),
         "no output": (pack(where=((1, 1), (0, 0), (7, 7), 1)), "output would be empty"),
         "no output with a stride": (pack(x=(1, 16, 2, 2), where=((2, 2), (0, 0), (1, 1), 1)), "output would be empty"),
-        "float64 grad": (back(grad.double()), "grad_y must be float32"),
+        "float64 grad": (back(grad.double()), no_dtype),
         "NCHW grad": (back(grad.contiguous()), f"grad_y must be {not_dense}"),
         "grad of another size": (back(nhwc(*other.y)), f"grad_y {no_shape} the output"),
         "grad of another batch": (back(grad[:1].contiguous(memory_format=NHWC)), f"grad_y {no_shape} the output"),
         "float64 weight": (back(weight=weight.double()), "weight must be a 4D float32"),
         "grad_x of groups": (back(weight=weight[:, :8], where=grouped), "grouped"),
         "grad for the weight": (back_weight(nhwc(*other.y)), f"grad_y {no_shape} the output"),
-        "float64 grad for the weight": (back_weight(grad.double()), "grad_y must be float32"),
-        "float64 x for the weight": (back_weight(x=x.double()), "x must be float32"),
+        "float64 grad for the weight": (back_weight(grad.double()), no_dtype),
+        "float64 x for the weight": (back_weight(x=x.double()), no_dtype),
+        "bfloat16 grad for the weight": (back_weight(grad.bfloat16()), "grad_y must have the dtype of x"),
         "NCHW x for the weight": (back_weight(x=x.contiguous()), f"x must be {not_dense}"),
         "channels of the gradient's weight": (back_weight(weight=(32, 17, 3, 3)), "channels do not match"),
         "grad_weight of groups": (back_weight(weight=(32, 8, 3, 3), where=grouped), "grouped"),

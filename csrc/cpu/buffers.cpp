@@ -198,7 +198,7 @@ Tensor cached_empty(int64_t floats) {
   return from_cache({floats}, {1}, ScalarType::Float, floats * 4);
 }
 
-Scratch::Scratch(int64_t floats) : bytes_(floats * 4), guarded_(guarding) {
+Scratch::Scratch(int64_t floats) : bytes_(std::max<int64_t>(floats, 1) * 4), guarded_(guarding) {
   data_ = static_cast<float*>(guarded_           ? guarded_allocate(bytes_)
                               : bytes_ < kCached ? std::malloc(bytes_)
                                                  : cache().take(bytes_));

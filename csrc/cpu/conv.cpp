@@ -1,4 +1,4 @@
-// fastres_cpu::conv: convolutions of NHWC fp32 activations by the methods of conv.h, and which one serves a shape.
+// fastres_cpu::conv: convolutions of NHWC activations by the methods of conv.h, and which one serves a shape.
 #include "conv.h"
 
 #include <algorithm>
@@ -61,10 +61,12 @@ void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>&
     blocks = divide_up(blocks, threads) * threads;  // the same number for each thread
   }
   share_tasks(parts > 1 ? parts : blocks, [&](const auto& take) {
-    std::vector<const void*> table((conv.taps + 1) * divide_up(pixels, blocks));
+    const int64_t most = divide_up(pixels, blocks);  // pixels of a block
+    std::vector<const void*> table((conv.taps + 2) * most);
+    const Scratch scratch(gemm_scratch_floats(conv, most, kernels.panel));
     const auto run = [&](int64_t block_index, int64_t part) {
       kernels.run(conv, block_index * pixels / blocks, (block_index + 1) * pixels / blocks, part * panels / parts,
-                  (part + 1) * panels / parts, table.data());
+                  (part + 1) * panels / parts, table.data(), scratch.data());
     };
     for (int64_t task = take(); task >= 0; task = take()) {
       if (parts == 1) {
@@ -78,8 +80,9 @@ void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>&
   if (then && parts > 1) then(0, pixels);
 }
 
-// x with zeros around it: [images, height + 2 pad_h, width + 2 pad_w, channels].
-void pad(const Geometry& g, const float* x, float* out) {
+// x in fp32 with zeros around it: [images, height + 2 pad_h, width + 2 pad_w, channels].
+void pad(const Geometry& g, const Activation& x, float* out) {
+  const ToFloat to_float = to_float_kernel(x.dtype);
   const int64_t height = g.height + 2 * g.pad_h, row = (g.width + 2 * g.pad_w) * g.in_channels,
                 edge = g.pad_w * g.in_channels;
   torch::stable::parallel_for(0, g.images * height, 16, [&](int64_t begin, int64_t end) {
@@ -91,14 +94,14 @@ void pad(const Geometry& g, const float* x, float* out) {
         continue;
       }
       std::fill(to, to + edge, 0.0f);
-      const float* from = x + (i / height * g.height + h) * g.width * g.in_channels;
-      std::memcpy(to + edge, from, g.width * g.in_channels * sizeof(float));
+      const int64_t from = (i / height * g.height + h) * g.width * g.in_channels;
+      to_float(element(x.data, x.dtype, from), g.width * g.in_channels, to + edge);
       std::fill(to + row - edge, to + row, 0.0f);
     }
   });
 }
 
-ForwardGemm::ForwardGemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y)
+ForwardGemm::ForwardGemm(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, void* y)
     : taps(forward_taps(g)),
       copy(g.rows_as_taps() ? g.images * (g.height + 2 * g.pad_h) * (g.width + 2 * g.pad_w) * g.in_channels : 1),
       zeros(taps.pixels * g.group_in()) {
@@ -107,7 +110,8 @@ ForwardGemm::ForwardGemm(const Geometry& g, const float* x, const float* packed,
   conv.images = g.images;
   conv.grid_height = conv.y_height = g.out_height;
   conv.grid_width = conv.y_width = g.out_width;
-  conv.x = padded ? copy.data() : x;
+  conv.x = padded ? copy.data() : x.data;
+  conv.x_dtype = padded ? 0 : x.dtype;
   conv.height = padded ? g.height + 2 * g.pad_h : g.height;
   conv.width = padded ? g.width + 2 * g.pad_w : g.width;
   conv.x_pixel = g.in_channels;
@@ -119,6 +123,7 @@ ForwardGemm::ForwardGemm(const Geometry& g, const float* x, const float* packed,
   conv.depth = taps.pixels * g.group_in();
   conv.zeros = zeros.data();
   conv.y = y;
+  conv.y_dtype = x.dtype;
   conv.y_pixel = g.out_channels;
   conv.y_step_h = conv.y_step_w = 1;
   conv.channels = g.group_out();
@@ -126,19 +131,19 @@ ForwardGemm::ForwardGemm(const Geometry& g, const float* x, const float* packed,
   conv.epilogue = epilogue;
 }
 
-void conv_gemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y) {
+void conv_gemm(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, void* y) {
   const ForwardGemm whole(g, x, packed, epilogue, y);
   const int64_t floats = gemm_floats(whole.taps, g.group_in(), g.group_out());
   for (int64_t group = 0; group < g.groups; ++group) {
     const int64_t out = group * g.group_out();
     GemmConv conv = whole.conv;
-    conv.x += group * g.group_in();
-    conv.y += out;
+    conv.x = element(conv.x, conv.x_dtype, group * g.group_in());
+    conv.y = element(conv.y, conv.y_dtype, out);
     conv.weight += group * floats;
     std::vector<float> bias;
     if (epilogue.bias) bias = padded_bias(epilogue.bias + out, g.group_out());
-    conv.epilogue = {epilogue.bias ? bias.data() : nullptr, epilogue.residual ? epilogue.residual + out : nullptr,
-                     epilogue.relu};
+    conv.epilogue = {epilogue.bias ? bias.data() : nullptr,
+                     epilogue.residual ? element(epilogue.residual, conv.y_dtype, out) : nullptr, epilogue.relu};
     run_gemm(conv);
   }
 }
@@ -212,27 +217,27 @@ void conv_without_winograd(const Geometry& g, const WinogradConv& conv) {
   const Scratch packed(gemm_floats(taps, g.in_channels, g.out_channels));
   const int64_t c = g.in_channels;
   pack_gemm({plain.data(), g.out_channels, c, 3, 3, 9 * c, 1, 3 * c, c}, taps, packed.data());
-  conv_gemm(g, conv.x, packed.data(), conv.epilogue, conv.y);
+  conv_gemm(g, {conv.x, conv.dtype}, packed.data(), conv.epilogue, conv.y);
 }
 
 }  // namespace
 
-WinogradConv winograd_of(const Geometry& g, int64_t tile, const float* x, const float* packed, const Epilogue& epilogue,
-                         float* y) {
-  return {tile,    g.images, g.height, g.width, g.in_channels, g.out_height, g.out_width, g.out_channels, g.pad_h,
-          g.pad_w, x,        packed,   y,       epilogue};
+WinogradConv winograd_of(const Geometry& g, int64_t tile, const Activation& x, const float* packed,
+                         const Epilogue& epilogue, void* y) {
+  return {tile,         g.images,    g.height,       g.width, g.in_channels,
+          g.out_height, g.out_width, g.out_channels, g.pad_h, g.pad_w,
+          x.dtype,      x.data,      packed,         y,       epilogue};
 }
 
-void conv_winograd(const Geometry& g, int64_t tile, const float* x, const float* packed, const Epilogue& epilogue,
-                   float* y) {
+void conv_winograd(const Geometry& g, int64_t tile, const Activation& x, const float* packed, const Epilogue& epilogue,
+                   void* y) {
   const WinogradConv conv = winograd_of(g, tile, x, packed, epilogue, y);
   if (!run_winograd(conv)) conv_without_winograd(g, conv);
 }
 
-const float* nhwc(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
+Activation nhwc(const Tensor& t, const char* name) {
   check_dense(t, true, name);
-  return static_cast<const float*>(t.const_data_ptr());
+  return {t.const_data_ptr(), dtype_index(t)};
 }
 
 // By an estimate of the time, in multiplications for each pair of an input and an output channel. Winograd's transforms cost a fifth
@@ -290,15 +295,15 @@ Tensor conv_pack(const Tensor& weight, const std::vector<int64_t>& x, const std:
 Tensor conv(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& weight, const OptionalTensor& bias,
             const OptionalTensor& residual, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
             const std::vector<int64_t>& dilation, int64_t groups, bool relu, int64_t method) {
-  const float* x_data = nhwc(x, "x");
+  const Activation x_data = nhwc(x, "x");
   const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, weight, stride, padding, dilation, groups);
-  Tensor y = cached_empty(g.images, g.out_channels, g.out_height, g.out_width, ScalarType::Float, true);
+  Tensor y = cached_empty(g.images, g.out_channels, g.out_height, g.out_width, x.scalar_type(), true);
   if (residual.has_value()) check_like(*residual, y, true, "residual");
   std::vector<float> bias_data;
   if (bias.has_value()) bias_data = padded_bias(floats(bias, g.out_channels, "bias"), g.out_channels);
   const Epilogue epilogue{bias.has_value() ? bias_data.data() : nullptr,
-                          residual.has_value() ? nhwc(*residual, "residual") : nullptr, relu};
-  float* y_data = static_cast<float*>(y.mutable_data_ptr());
+                          residual.has_value() ? residual->const_data_ptr() : nullptr, relu};
+  void* y_data = y.mutable_data_ptr();
   const int64_t tile = winograd_tile(method);
   STD_TORCH_CHECK(method == kGemm || tile > 0, "method must be 1, 2 or 3");
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.dim() == 1 && packed.is_contiguous(),

@@ -1,4 +1,6 @@
-// Convolution of NHWC fp32 activations with packed weights, (+ bias) (+ residual) (+ ReLU) in the epilogue, on raw pointers.
+// Convolution of NHWC activations with packed weights, (+ bias) (+ residual) (+ ReLU) in the epilogue, on raw pointers.
+//
+// Activations are stored as fp32, bf16 or fp16 (dtype 0, 1, 2). All else is fp32: weights, products, sums.
 //
 // Two methods share one register tile (conv_tile.inl): kTileRows output pixels x some vectors of output channels, one input
 // channel after the other. Packed weights lie in panels of `panel` output channels, in the order in which the tile reads them.
@@ -18,8 +20,8 @@ struct WeightView {
 
 // What is done with the sums before they are stored. Null: nothing.
 struct Epilogue {
-  const float* bias;      // padded to whole vectors
-  const float* residual;  // like y
+  const float* bias;     // padded to whole vectors
+  const void* residual;  // like y
   bool relu;
 };
 
@@ -28,14 +30,16 @@ struct GemmConv {
   // The grid of output pixels that are computed: images x grid_height x grid_width.
   int64_t images, grid_height, grid_width;
   // Output (i, j) reads input (i * step_h + tap_h[t], j * step_w + tap_w[t]), and zeros outside of the image.
-  const float* x;
-  int64_t height, width, x_pixel;  // x_pixel: floats from one pixel to the next
+  const void* x;
+  int x_dtype;
+  int64_t height, width, x_pixel;  // x_pixel: values from one pixel to the next
   int64_t step_h, step_w, taps;
   const int64_t *tap_h, *tap_w;
   int64_t depth;       // values a tap reads: the input channels, or several pixels at once
   const float* zeros;  // depth of them
   // Output (i, j) is y pixel (i * y_step_h + y_first_h, j * y_step_w + y_first_w).
-  float* y;
+  void* y;
+  int y_dtype;
   int64_t y_height, y_width, y_pixel, y_step_h, y_step_w, y_first_h, y_first_w;
   int64_t channels;     // output channels
   const float* weight;  // packed: [panel][tap][depth][columns of the panel]
@@ -48,9 +52,15 @@ struct GemmConvKernels {
   // Returns whether they are finite.
   bool (*pack)(const WeightView& weight, int64_t taps, const int64_t* r, const int64_t* s, int64_t pixels,
                int64_t index, float* packed);
-  // Output pixels [begin, end), panels [first, last); table: room for (taps + 1) * (end - begin) pointers.
-  void (*run)(const GemmConv& conv, int64_t begin, int64_t end, int64_t first, int64_t last, const void** table);
+  // Output pixels [begin, end), panels [first, last); table: room for (taps + 2) * (end - begin) pointers, scratch: for
+  // gemm_scratch_floats.
+  void (*run)(const GemmConv& conv, int64_t begin, int64_t end, int64_t first, int64_t last, const void** table,
+              float* scratch);
 };
+// The fp32 copies of what `pixels` pixels read, and of what a panel writes for them.
+inline int64_t gemm_scratch_floats(const GemmConv& conv, int64_t pixels, int64_t panel) {
+  return pixels * ((conv.x_dtype != 0 ? conv.taps * conv.depth : 0) + (conv.y_dtype != 0 ? panel : 0));
+}
 
 // Winograd's F(MxM, 3x3) with M = 4 or 2: 36 products a channel for 16 outputs or 16 for 4, which take 144 and 36 the direct way.
 // Stride 1, dilation 1, one group, channels a multiple of the vector width. Lavin and Gray 2016 (arXiv 1509.09308).
@@ -59,9 +69,10 @@ struct WinogradConv {
   int64_t images, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
   int64_t pad_h, pad_w;
-  const float* x;
+  int dtype;  // of x and y
+  const void* x;
   const float* weight;  // packed: [panel][(M + 2)^2][in_channels][columns of the panel], in planes of winograd_plane
-  float* y;
+  void* y;
   Epilogue epilogue;
   int64_t tile_rows() const { return (out_height + tile - 1) / tile; }
   int64_t tile_columns() const { return (out_width + tile - 1) / tile; }
@@ -90,10 +101,13 @@ struct MaxPool {
   int64_t kernel, stride, padding;
   int64_t out_width;
 };
-// One row of windows; x: the `rows` rows of pixels that they cover.
-using MaxPoolRow = void (*)(const MaxPool& pool, const float* x, int64_t rows, float* y);
+// One row of windows; x: the `rows` rows of pixels that they cover; y in the dtype of the kernel.
+using MaxPoolRow = void (*)(const MaxPool& pool, const float* x, int64_t rows, void* y);
+// `count` values that lie next to each other, to fp32.
+using ToFloat = void (*)(const void* values, int64_t count, float* out);
 
-MaxPoolRow max_pool_row_kernel();
+MaxPoolRow max_pool_row_kernel(int dtype);
+ToFloat to_float_kernel(int dtype);
 const GemmConvKernels& gemm_conv_kernels();
 const WinogradKernels& winograd_kernels(int64_t tile);
 

@@ -24,6 +24,12 @@ using Doubles = std::vector<double>;
 double* doubles_of(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
 float* floats_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
+const float* fp32_nhwc(const Tensor& t, const char* name) {
+  const Activation activation = nhwc(t, name);
+  STD_TORCH_CHECK(activation.dtype == 0, name, " must be float32");
+  return static_cast<const float*>(activation.data);
+}
+
 struct Moments {
   Doubles mean, covariance;  // [channels], [channels][channels]
 };
@@ -36,7 +42,7 @@ Moments moments_of(const Tensor& x) {
   const int64_t padded = divide_up(channels, kernels.lanes) * kernels.lanes;
   constexpr int64_t kBlock = 64, kParts = 8;
   const int64_t blocks = divide_up(pixels, kBlock), parts = std::min(blocks, kParts);
-  const float* data = nhwc(x, "x");
+  const float* data = fp32_nhwc(x, "x");
   const std::vector<float> near = reference_points(x, true);
   const Doubles point(near.begin(), near.begin() + channels);
   std::vector<Doubles> first(parts), second(parts);
@@ -117,14 +123,14 @@ void product(int64_t rows, const float* values, const WeightView& weight, const 
   const Taps taps = forward_taps(g);
   const Scratch packed(gemm_floats(taps, g.in_channels, g.out_channels));
   pack_gemm(weight, taps, packed.data());
-  conv_gemm(g, values, packed.data(), epilogue, out);
+  conv_gemm(g, {values, 0}, packed.data(), epilogue, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act(
     const Tensor& x, const Tensor& conv_weight, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& residual,
     bool training, double eps, bool relu, bool save_mask) {
-  const float *data = nhwc(x, "x"), *rows = rows_of(conv_weight);
+  const float *data = fp32_nhwc(x, "x"), *rows = rows_of(conv_weight);
   const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, {conv_weight.size(0), conv_weight.size(1), 1, 1},
                    {1, 1}, {0, 0}, {1, 1}, 1);
   STD_TORCH_CHECK(g.pixels() > 0, "x is empty");
@@ -153,8 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act(
   const std::vector<float> folded = scaled_rows(rows, scale, in);
   const Scratch packed(gemm_floats(forward_taps(g), in, out));
   pack_gemm({folded.data(), out, in, 1, 1, in, 1, 1, 1}, forward_taps(g), packed.data());
-  const Epilogue epilogue{shift.data(), residual.has_value() ? nhwc(*residual, "residual") : nullptr, relu};
-  const ForwardGemm gemm(g, data, packed.data(), epilogue, floats_of(y));
+  const Epilogue epilogue{shift.data(), residual.has_value() ? fp32_nhwc(*residual, "residual") : nullptr, relu};
+  const ForwardGemm gemm(g, {data, 0}, packed.data(), epilogue, floats_of(y));
   Tensor mask = empty_of(x, save_mask ? g.pixels() * divide_up(out, 8) : 0, ScalarType::Byte);
   if (save_mask) {
     uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
@@ -195,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward(
     const Tensor& grad_y, const Tensor& x, const Tensor& conv_weight, const OptionalTensor& weight, const Tensor& mean,
     const Tensor& var, const Tensor& x_mean, const Tensor& covariance, const OptionalTensor& mask, bool training,
     double eps, bool need_x, bool need_conv_weight, bool need_affine) {
-  const float *data = nhwc(x, "x"), *rows = rows_of(conv_weight);
+  const float *data = fp32_nhwc(x, "x"), *rows = rows_of(conv_weight);
   const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, {conv_weight.size(0), conv_weight.size(1), 1, 1},
                    {1, 1}, {0, 0}, {1, 1}, 1);
   check_dense(grad_y, true, "grad_y");
@@ -216,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward(
 
   Tensor masked = mask.has_value() ? cached_empty_like(grad_y) : empty_of(grad_y, 0, ScalarType::Float);
   const Doubles sum = masked_gradient(grad_y, mask, floats_of(masked));
-  const float* gradient = mask.has_value() ? floats_of(masked) : nhwc(grad_y, "grad_y");
+  const float* gradient = mask.has_value() ? floats_of(masked) : fp32_nhwc(grad_y, "grad_y");
 
   // D, with m rounded to float, and then by what the rounding left. P.
   std::vector<float> origin(padded_channels(in));
@@ -225,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward(
   Tensor grad_conv_weight = cached_empty(out, in, 1, 1, ScalarType::Float, true);
   float* d = floats_of(grad_conv_weight);
   if (need_conv_weight || need_affine || (need_x && training)) {
-    weight_gradient(g, gradient, data, training ? origin.data() : nullptr, d);
+    weight_gradient(g, {gradient, 0}, {data, 0}, training ? origin.data() : nullptr, d);
     torch::stable::parallel_for(0, out, 16, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         p[k] = training ? 0.0 : -mu[k] * sum[k];
@@ -271,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward(
     if (training) {
       std::vector<float> q(in * in), offset(padded_channels(in));
       const Geometry square({1, in, out, 1}, {in, in, 1, 1}, {1, 1}, {0, 0}, {1, 1}, 1);
-      weight_gradient(square, turned.data(), rows, nullptr, q.data());
+      weight_gradient(square, {turned.data(), 0}, {rows, 0}, nullptr, q.data());
       for (int64_t c = 0; c < in; ++c) {
         double h = 0;
         for (int64_t k = 0; k < out; ++k) h += e[k] * rows[k * in + c];

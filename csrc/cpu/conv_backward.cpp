@@ -1,4 +1,4 @@
-// fastres_cpu::conv_backward_input and conv_backward_weight: gradients of convolutions of NHWC fp32 activations.
+// fastres_cpu::conv_backward_input and conv_backward_weight: gradients of convolutions of NHWC activations.
 #include "conv_backward.h"
 
 #include <algorithm>
@@ -22,7 +22,7 @@ WeightView turned(WeightView w) {
 
 // Stride 1: grad_x is the convolution of grad_y with the exchanged, turned weight. Returns whether the weight is finite:
 // places outside of grad_y are zeros here, and zero times infinity would be NaN.
-bool input_stride_1(const Geometry& g, const float* grad, const WeightView& weight, bool winograd, float* out) {
+bool input_stride_1(const Geometry& g, const Activation& grad, const WeightView& weight, bool winograd, void* out) {
   const Geometry back({g.images, g.out_channels, g.out_height, g.out_width},
                       {g.in_channels, g.out_channels, g.kernel_h, g.kernel_w}, {1, 1},
                       {g.dilation_h * (g.kernel_h - 1) - g.pad_h, g.dilation_w * (g.kernel_w - 1) - g.pad_w},
@@ -44,7 +44,7 @@ bool input_stride_1(const Geometry& g, const float* grad, const WeightView& weig
 }
 
 // Any stride: the pixels of x whose places are equal modulo the stride read the same taps, by a convolution with stride 1 each.
-bool input_strided(const Geometry& g, const float* grad, const WeightView& weight, float* out) {
+bool input_strided(const Geometry& g, const Activation& grad, const WeightView& weight, void* out) {
   const WeightView view = exchanged(weight);
   const std::vector<float> zeros(g.out_channels);
   for (int64_t first_h = 0; first_h < std::min(g.stride_h, g.height); ++first_h) {
@@ -64,7 +64,8 @@ bool input_strided(const Geometry& g, const float* grad, const WeightView& weigh
       conv.images = g.images;
       conv.grid_height = divide_up(g.height - first_h, g.stride_h);
       conv.grid_width = divide_up(g.width - first_w, g.stride_w);
-      conv.x = grad;
+      conv.x = grad.data;
+      conv.x_dtype = conv.y_dtype = grad.dtype;
       conv.height = g.out_height;
       conv.width = g.out_width;
       conv.x_pixel = conv.depth = g.out_channels;
@@ -96,12 +97,12 @@ Tensor conv_backward_input(const Tensor& grad_y, const Tensor& weight, const std
   const Geometry g(x, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride, padding, dilation,
                    groups);
   STD_TORCH_CHECK(groups == 1, "grouped convolutions are not served");
-  const float* grad = nhwc(grad_y, "grad_y");
+  const Activation grad = nhwc(grad_y, "grad_y");
   STD_TORCH_CHECK(grad_y.size(0) == g.images && grad_y.size(1) == g.out_channels && grad_y.size(2) == g.out_height &&
                       grad_y.size(3) == g.out_width,
                   "grad_y must have the shape of the output");
-  Tensor grad_x = cached_empty(g.images, g.in_channels, g.height, g.width, ScalarType::Float, true);
-  float* out = static_cast<float*>(grad_x.mutable_data_ptr());
+  Tensor grad_x = cached_empty(g.images, g.in_channels, g.height, g.width, grad_y.scalar_type(), true);
+  void* out = grad_x.mutable_data_ptr();
   const WeightView view = view_of(weight, 0, 1);
   const bool plain = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h * (g.kernel_h - 1) >= g.pad_h &&
                      g.dilation_w * (g.kernel_w - 1) >= g.pad_w;
@@ -113,7 +114,7 @@ Tensor conv_backward_input(const Tensor& grad_y, const Tensor& weight, const std
 }  // namespace
 
 // The pixels are cut into parts whose sums are added in order: how many depends on the shape alone, so results are repeatable.
-void weight_gradient(const Geometry& g, const float* grad, const float* x, const float* origin, float* out) {
+void weight_gradient(const Geometry& g, const Activation& grad, const Activation& x, const float* origin, float* out) {
   const WeightGradientKernels& kernels = weight_gradient_kernels();
   const Taps taps = forward_taps(g);
   const bool padded = g.rows_as_taps();
@@ -122,7 +123,8 @@ void weight_gradient(const Geometry& g, const float* grad, const float* x, const
   WeightGradient p{};
   p.grid_height = g.out_height;
   p.grid_width = g.out_width;
-  p.x = padded ? copy.data() : x;
+  p.x = padded ? copy.data() : x.data;
+  p.x_dtype = padded ? 0 : x.dtype;
   p.height = padded ? g.height + 2 * g.pad_h : g.height;
   p.width = padded ? g.width + 2 * g.pad_w : g.width;
   p.x_pixel = g.in_channels;
@@ -135,7 +137,8 @@ void weight_gradient(const Geometry& g, const float* grad, const float* x, const
   const std::vector<float> zeros(p.depth);
   p.zeros = zeros.data();
   p.origin = origin;
-  p.grad = grad;
+  p.grad = grad.data;
+  p.grad_dtype = grad.dtype;
   p.grad_pixel = p.channels = g.out_channels;
 
   const int64_t pixels = g.pixels(), floats = g.out_channels * p.taps * p.depth;
@@ -150,8 +153,8 @@ void weight_gradient(const Geometry& g, const float* grad, const float* x, const
     std::fill(sums.data() + begin, sums.data() + end, 0.0f);
   });
   torch::stable::parallel_for(0, parts * ranges, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(block * (rows + kernels.panel));
-    std::vector<const float*> table(block);
+    const Scratch scratch(block * (rows + kernels.panel + g.out_channels));
+    std::vector<const void*> table(block);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / ranges, range = task % ranges;
       for (int64_t i = part * blocks / parts; i < (part + 1) * blocks / parts; ++i) {
@@ -172,7 +175,7 @@ void weight_gradient(const Geometry& g, const float* grad, const float* x, const
 namespace {
 
 // Returns whether the result is finite: an infinity of x or grad becomes NaN in the transforms.
-bool winograd_weight_gradient(const Geometry& g, const float* grad, const float* x, float* out) {
+bool winograd_weight_gradient(const Geometry& g, const Activation& grad, const Activation& x, float* out) {
   const WinogradGradientKernels& kernels = winograd_gradient_kernels();
   const WinogradConv conv = winograd_of(g, 4, x, nullptr, {}, nullptr);
   // Tiles transformed at once: 3 MB of v and of g, for the last cache; tiles of one product: v of a panel in L2.
@@ -188,7 +191,7 @@ bool winograd_weight_gradient(const Geometry& g, const float* grad, const float*
     const int64_t count = std::min(group, conv.tiles() - first);
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       kernels.transform_input(conv, first, count, begin, end, v.data());
-      kernels.transform_gradient(conv, grad, first, count, begin, end, gradient.data());
+      kernels.transform_gradient(conv, grad.data, first, count, begin, end, gradient.data());
     });
     torch::stable::parallel_for(0, panels * ranges, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
@@ -216,10 +219,11 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const std::ve
                             const std::vector<int64_t>& dilation, int64_t groups, bool winograd) {
   const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, weight, stride, padding, dilation, groups);
   STD_TORCH_CHECK(groups == 1, "grouped convolutions are not served");
-  const float *grad = nhwc(grad_y, "grad_y"), *x_data = nhwc(x, "x");
+  const Activation grad = nhwc(grad_y, "grad_y"), x_data = nhwc(x, "x");
   STD_TORCH_CHECK(grad_y.size(0) == g.images && grad_y.size(1) == g.out_channels && grad_y.size(2) == g.out_height &&
                       grad_y.size(3) == g.out_width,
                   "grad_y must have the shape of the output");
+  STD_TORCH_CHECK(grad.dtype == x_data.dtype, "grad_y must have the dtype of x");
   Tensor grad_weight = cached_empty(g.out_channels, g.in_channels, g.kernel_h, g.kernel_w, ScalarType::Float, true);
   float* out = static_cast<float*>(grad_weight.mutable_data_ptr());
   if (g.pixels() == 0) {

@@ -25,11 +25,14 @@ static bool gemm_pack(const WeightView& w, int64_t taps, const int64_t* r, const
   return largest < 0x7f800000;
 }
 
+// Of an fp32 y.
 template <int NV>
 FASTRES_INLINE void gemm_panel(const GemmConv& p, int64_t panel, int64_t count, const float* const* rows,
                                const int64_t* places) {
   const int64_t first = panel * kPanel;
   const float* weight = p.weight + first * p.taps * p.depth;
+  const float* residual = static_cast<const float*>(p.epilogue.residual);
+  float* y = static_cast<float*>(p.y);
   const vf floor = splat(p.epilogue.relu ? 0.0f : -__builtin_inff());
   const int64_t last_lanes = p.channels - first - (NV - 1) * W;  // of the last vector
   vf bias[NV];
@@ -40,19 +43,68 @@ FASTRES_INLINE void gemm_panel(const GemmConv& p, int64_t panel, int64_t count, 
       const int64_t place = places[i + r] + first + v * W;
       sum += bias[v];
       if (v == NV - 1 && last_lanes < W) {
-        if (p.epilogue.residual) sum += load(p.epilogue.residual + place, last_lanes);
-        store(p.y + place, at_least(floor, sum), last_lanes);
+        if (residual) sum += load(residual + place, last_lanes);
+        store(y + place, at_least(floor, sum), last_lanes);
       } else {
-        if (p.epilogue.residual) sum += load(p.epilogue.residual + place);
-        store(p.y + place, at_least(floor, sum));
+        if (residual) sum += load(residual + place);
+        store(y + place, at_least(floor, sum));
       }
     });
   });
 }
 
-static void gemm_run(const GemmConv& p, int64_t begin, int64_t end, int64_t first, int64_t last, const void** table) {
+static void gemm_panels(const GemmConv& p, int64_t first, int64_t last, int64_t count, const float* const* rows,
+                        const int64_t* places) {
+  for (int64_t panel = first; panel < last; ++panel) {
+    with_vectors(panel_vectors(p.channels, panel),
+                 [&](auto vectors) { gemm_panel<decltype(vectors)::n>(p, panel, count, rows, places); });
+  }
+}
+
+// Replaces rows of T by fp32 copies of them: of all values from the first of them to the last, because rows overlap, or of each
+// row by itself where that is less (strides).
+template <class T>
+static void copy_rows(const GemmConv& p, int64_t count, const void** rows, float* out) {
+  const T *low = nullptr, *high = nullptr;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = static_cast<const T*>(rows[i]);
+    if (rows[i] == p.zeros) continue;
+    if (low == nullptr || row < low) low = row;
+    if (high == nullptr || row > high) high = row;
+  }
+  if (low == nullptr) return;
+  const int64_t span = high - low + p.depth;
+  const bool together = span <= count * p.depth;
+  if (together) to_float<T>(low, span, out);
+  for (int64_t i = 0; i < count; ++i) {
+    if (rows[i] == p.zeros) continue;
+    float* copy = out + (together ? static_cast<const T*>(rows[i]) - low : i * p.depth);
+    if (!together) to_float<T>(rows[i], p.depth, copy);
+    rows[i] = copy;
+  }
+}
+
+// One panel's outputs from its sums [pixel][kPanel]: residual, ReLU, and to T.
+template <class T>
+static void store_panel(const GemmConv& p, int64_t panel, int64_t count, const float* sums, const int64_t* places) {
+  const int64_t first = panel * kPanel, channels = p.channels - first < kPanel ? p.channels - first : kPanel;
+  const vf floor = splat(p.epilogue.relu ? 0.0f : -__builtin_inff());
+  const T* residual = static_cast<const T*>(p.epilogue.residual);
+  T* y = static_cast<T*>(p.y);
+  for (int64_t i = 0; i < count; ++i, sums += kPanel) {
+    const int64_t place = places[i] + first;
+    for_each_vector(channels, [&](int64_t c, auto n) {
+      vf z = load(sums + c, n);
+      if (residual) z += load(residual + place + c, n);
+      store(y + place + c, at_least(floor, z), n);
+    });
+  }
+}
+
+// Other types than fp32 are converted in blocks that stay in the cache, so the products have one form.
+static void gemm_run(const GemmConv& p, int64_t begin, int64_t end, int64_t first, int64_t last, const void** table,
+                     float* scratch) {
   const int64_t count = end - begin, plane = p.grid_height * p.grid_width;
-  const float** rows = reinterpret_cast<const float**>(table);
   int64_t* places = reinterpret_cast<int64_t*>(table + p.taps * count);
   int64_t image = begin / plane, h = begin % plane / p.grid_width, w = begin % plane % p.grid_width;
   for (int64_t i = 0; i < count; ++i) {
@@ -61,7 +113,8 @@ static void gemm_run(const GemmConv& p, int64_t begin, int64_t end, int64_t firs
     for (int64_t tap = 0; tap < p.taps; ++tap) {
       const int64_t y = h * p.step_h + p.tap_h[tap], x = w * p.step_w + p.tap_w[tap];
       const bool inside = y >= 0 && y < p.height && x >= 0 && x < p.width;
-      rows[tap * count + i] = inside ? p.x + ((image * p.height + y) * p.width + x) * p.x_pixel : p.zeros;
+      const int64_t pixel = (image * p.height + y) * p.width + x;
+      table[tap * count + i] = inside ? element(p.x, p.x_dtype, pixel * p.x_pixel) : p.zeros;
     }
     if (++w == p.grid_width) {
       w = 0;
@@ -71,9 +124,22 @@ static void gemm_run(const GemmConv& p, int64_t begin, int64_t end, int64_t firs
       }
     }
   }
+  if (p.x_dtype != 0) {
+    with_storage(p.x_dtype, [&](auto t) { copy_rows<typename decltype(t)::type>(p, p.taps * count, table, scratch); });
+    scratch += p.taps * count * p.depth;
+  }
+  const float* const* rows = reinterpret_cast<const float* const*>(table);
+  if (p.y_dtype == 0) return gemm_panels(p, first, last, count, rows, places);
+  int64_t* scratch_places = places + count;
+  for (int64_t i = 0; i < count; ++i) scratch_places[i] = i * kPanel;
   for (int64_t panel = first; panel < last; ++panel) {
-    with_vectors(panel_vectors(p.channels, panel),
-                 [&](auto vectors) { gemm_panel<decltype(vectors)::n>(p, panel, count, rows, places); });
+    GemmConv part = p;  // from this panel on
+    part.channels -= panel * kPanel;
+    part.weight += panel * kPanel * p.taps * p.depth;
+    part.epilogue = {p.epilogue.bias ? p.epilogue.bias + panel * kPanel : nullptr, nullptr, false};
+    part.y = scratch;
+    gemm_panels(part, 0, 1, count, rows, scratch_places);
+    with_storage(p.y_dtype, [&](auto t) { store_panel<typename decltype(t)::type>(p, panel, count, scratch, places); });
   }
 }
 

@@ -1,4 +1,5 @@
 // The convolution kernels of conv.h for one instruction set.
+#include "conv_storage.inl"
 #include "conv_tile.inl"
 
 #include "conv_gemm.inl"

@@ -16,15 +16,18 @@ void conv_rows(const ForwardGemm& whole, int64_t image, int64_t first, int64_t l
   std::vector<int64_t> tap_h = whole.taps.h;
   for (int64_t& h : tap_h) h += first * conv.step_h;
   conv.tap_h = tap_h.data();
-  conv.x += image * conv.height * conv.width * conv.x_pixel;
+  conv.x = element(conv.x, conv.x_dtype, image * conv.height * conv.width * conv.x_pixel);
   conv.images = 1;
   conv.grid_height = conv.y_height = last - first;
   conv.y = y;
+  conv.y_dtype = 0;
   const int64_t pixels = (last - first) * conv.grid_width, panels = divide_up(conv.channels, kernels.panel);
   const int64_t blocks = divide_up(pixels, 32 * kernels.tile_rows);
-  table->resize((conv.taps + 1) * divide_up(pixels, blocks));
+  const int64_t most = divide_up(pixels, blocks);
+  table->resize((conv.taps + 2) * most);
+  const Scratch scratch(gemm_scratch_floats(conv, most, kernels.panel));
   for (int64_t i = 0; i < blocks; ++i) {
-    kernels.run(conv, i * pixels / blocks, (i + 1) * pixels / blocks, 0, panels, table->data());
+    kernels.run(conv, i * pixels / blocks, (i + 1) * pixels / blocks, 0, panels, table->data(), scratch.data());
   }
 }
 
@@ -32,7 +35,7 @@ Tensor conv_maxpool(const Tensor& x, const Tensor& packed, const std::vector<int
                     const OptionalTensor& bias, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                     const std::vector<int64_t>& dilation, bool relu, int64_t kernel, int64_t pool_stride,
                     int64_t pool_padding) {
-  const float* x_data = nhwc(x, "x");
+  const Activation x_data = nhwc(x, "x");
   const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, weight, stride, padding, dilation, 1);
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.dim() == 1 && packed.is_contiguous() &&
                       packed.numel() == gemm_floats(forward_taps(g), g.in_channels, g.out_channels),
@@ -42,15 +45,15 @@ Tensor conv_maxpool(const Tensor& x, const Tensor& packed, const std::vector<int
   const int64_t room_h = g.out_height + 2 * pool_padding - kernel, room_w = g.out_width + 2 * pool_padding - kernel;
   STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "the output would be empty");
   const int64_t height = room_h / pool_stride + 1, width = room_w / pool_stride + 1;
-  Tensor y = cached_empty(g.images, g.out_channels, height, width, ScalarType::Float, true);
+  Tensor y = cached_empty(g.images, g.out_channels, height, width, x.scalar_type(), true);
   if (y.numel() == 0) return y;
   std::vector<float> bias_data;
   if (bias.has_value()) bias_data = padded_bias(floats(bias, g.out_channels, "bias"), g.out_channels);
   const ForwardGemm whole(g, x_data, static_cast<const float*>(packed.const_data_ptr()),
                           {bias.has_value() ? bias_data.data() : nullptr, nullptr, relu}, nullptr);
   const MaxPool pool{g.out_width, g.out_channels, kernel, pool_stride, pool_padding, width};
-  const MaxPoolRow pool_row = max_pool_row_kernel();
-  float* out = static_cast<float*>(y.mutable_data_ptr());
+  const MaxPoolRow pool_row = max_pool_row_kernel(x_data.dtype);
+  void* out = y.mutable_data_ptr();
 
   constexpr int64_t kStep = 2;  // rows of windows at a time
   const int64_t row = g.out_width * g.out_channels, capacity = kernel + (kStep - 1) * pool_stride;
@@ -75,7 +78,7 @@ Tensor conv_maxpool(const Tensor& x, const Tensor& packed, const std::vector<int
           const int64_t top = std::max<int64_t>(0, i * pool_stride - pool_padding);
           const int64_t bottom = std::min(g.out_height, i * pool_stride - pool_padding + kernel);
           pool_row(pool, rows.data() + (top - first) * row, bottom - top,
-                   out + (image * height + i) * width * g.out_channels);
+                   element(out, x_data.dtype, (image * height + i) * width * g.out_channels));
         }
       }
     }

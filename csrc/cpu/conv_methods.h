@@ -9,6 +9,7 @@
 #include "buffers.h"
 #include "common.h"
 #include "conv.h"
+#include "storage.h"
 
 namespace fastres {
 
@@ -108,16 +109,21 @@ inline std::vector<float> padded_bias(const float* bias, int64_t channels) {
   return padded;
 }
 
-// The data of a dense NHWC fp32 tensor.
-const float* nhwc(const Tensor& t, const char* name);
+// The data of an activation; check that t is dense NHWC of a dtype that is served.
+struct Activation {
+  const void* data;
+  int dtype;
+};
+Activation nhwc(const Tensor& t, const char* name);
 
-WinogradConv winograd_of(const Geometry& g, int64_t tile, const float* x, const float* packed, const Epilogue& epilogue,
-                         float* y);
+// y and the epilogue's residual have the dtype of x.
+WinogradConv winograd_of(const Geometry& g, int64_t tile, const Activation& x, const float* packed,
+                         const Epilogue& epilogue, void* y);
 Method method_of(const Geometry& g, bool winograd);
 // Both return whether all packed values are finite.
 bool pack_gemm(const WeightView& view, const Taps& taps, float* packed);
 bool pack_winograd(const WeightView& view, int64_t tile, float* packed);
-void pad(const Geometry& g, const float* x, float* out);
+void pad(const Geometry& g, const Activation& x, float* out);
 
 // The first group of a convolution as a matrix product that writes to y, with what it points to.
 struct ForwardGemm {
@@ -125,18 +131,18 @@ struct ForwardGemm {
   Scratch copy;  // x with its padding, where rows are taps
   std::vector<float> zeros;
   GemmConv conv{};
-  ForwardGemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
+  ForwardGemm(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, void* y);
 };
 
 // All pixels and panels, on all threads; then(begin, end) when these pixels are there.
 void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>& then = {});
-void conv_gemm(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
+void conv_gemm(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, void* y);
 // With the direct way behind it where x has an infinity or NaN.
-void conv_winograd(const Geometry& g, int64_t tile, const float* x, const float* packed, const Epilogue& epilogue,
-                   float* y);
+void conv_winograd(const Geometry& g, int64_t tile, const Activation& x, const float* packed, const Epilogue& epilogue,
+                   void* y);
 
 // out[k][tap][c] = sum over pixels of grad[pixel][k] * (x[pixel moved by tap][c] - origin[c]). origin: null for zeros, else padded to
 // whole vectors, and only for convolutions without padding.
-void weight_gradient(const Geometry& g, const float* grad, const float* x, const float* origin, float* out);
+void weight_gradient(const Geometry& g, const Activation& grad, const Activation& x, const float* origin, float* out);
 
 }  // namespace fastres

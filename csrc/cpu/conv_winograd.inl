@@ -162,13 +162,13 @@ FASTRES_INLINE TilePlace tile_place(const WinogradConv& p, int64_t tile) {
 }
 
 // The N x N transformed values of W channels of a tile to out, out + plane, ...
-template <int M>
+template <int M, class T>
 FASTRES_INLINE void transform_input_tile(const WinogradConv& p, const TilePlace& place, int64_t channel, float* out,
                                          int64_t plane) {
   constexpr int N = M + 2;
   const int64_t channels = p.in_channels, row = p.width * channels;
   const int64_t top = place.h - p.pad_h, left = place.w - p.pad_w;
-  const float* x = p.x + ((place.image * p.height + top) * p.width + left) * channels + channel;
+  const T* x = static_cast<const T*>(p.x) + ((place.image * p.height + top) * p.width + left) * channels + channel;
   const bool inside = top >= 0 && left >= 0 && top + N <= p.height && left + N <= p.width;
   vf columns[N][N];  // [row][column], rows transformed
 #pragma GCC unroll 6
@@ -197,21 +197,25 @@ template <int M>
 static void winograd_transform(const WinogradConv& p, int64_t first, int64_t group, int64_t begin, int64_t end,
                                float* v) {
   const int64_t plane = winograd_plane(group, p.in_channels);
-  for (int64_t t = begin; t < end; ++t) {
-    const TilePlace place = tile_place(p, first + t);
-    for (int64_t c = 0; c < p.in_channels; c += W) {
-      transform_input_tile<M>(p, place, c, v + t * p.in_channels + c, plane);
+  with_storage(p.dtype, [&](auto stored) {
+    for (int64_t t = begin; t < end; ++t) {
+      const TilePlace place = tile_place(p, first + t);
+      for (int64_t c = 0; c < p.in_channels; c += W) {
+        transform_input_tile<M, typename decltype(stored)::type>(p, place, c, v + t * p.in_channels + c, plane);
+      }
     }
-  }
+  });
 }
 
 // The inverse transform of one vector of channels of all tiles of a group. Returns zeros where all values are finite.
-template <int M>
-FASTRES_INLINE vf winograd_output(const WinogradConv& p, int64_t first, int64_t group, int64_t channel, const float* m,
-                                  int64_t columns, int64_t plane) {
+template <int M, class T>
+static vf winograd_output(const WinogradConv& p, int64_t first, int64_t group, int64_t channel, const float* m,
+                          int64_t columns, int64_t plane) {
   constexpr int N = M + 2;
   const vf floor = splat(p.epilogue.relu ? 0.0f : -__builtin_inff());
   const vf bias = p.epilogue.bias ? load(p.epilogue.bias + channel) : vf{};
+  const T* residual = static_cast<const T*>(p.epilogue.residual);
+  T* y = static_cast<T*>(p.y);
   vf check{};
   for (int64_t t = 0; t < group; ++t) {
     const TilePlace place = tile_place(p, first + t);
@@ -231,11 +235,11 @@ FASTRES_INLINE vf winograd_output(const WinogradConv& p, int64_t first, int64_t 
       vf o[M];
       Transform<M>::output(rows[i], o);
       for (int j = 0; j < M && place.w + j < p.out_width; ++j) {
-        const int64_t y = start + (i * p.out_width + j) * p.out_channels;
+        const int64_t at = start + (i * p.out_width + j) * p.out_channels;
         check += o[j] * 0.0f;  // NaN if o is not finite
         vf z = o[j] + bias;
-        if (p.epilogue.residual) z += load(p.epilogue.residual + y);
-        store(p.y + y, at_least(floor, z));
+        if (residual) z += load(residual + at);
+        store(y + at, at_least(floor, z));
       }
     }
   }
@@ -272,8 +276,10 @@ static bool winograd_multiply(const WinogradConv& p, int64_t first, int64_t grou
       const int64_t vectors = panel_vectors(p.out_channels, panel), columns = vectors * W;
       const float* in = m + (panel - begin) * room;
       for (int64_t i = 0; i < vectors; ++i) {
-        check += winograd_output<M>(p, first, group, panel * kPanel + i * W, in + i * W, columns,
-                                    winograd_plane(group, columns));
+        check += with_storage(p.dtype, [&](auto stored) {
+          return winograd_output<M, typename decltype(stored)::type>(
+              p, first, group, panel * kPanel + i * W, in + i * W, columns, winograd_plane(group, columns));
+        });
       }
     }
   }

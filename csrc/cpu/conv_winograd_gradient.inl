@@ -26,23 +26,26 @@ FASTRES_INLINE void weight_adjoint(const vf u[6], vf w[3]) {
 // v: [panel][36][tile][columns of the panel].
 static void winograd_gradient_input(const WinogradConv& p, int64_t first, int64_t group, int64_t begin, int64_t end,
                                     float* v) {
-  for (int64_t t = begin; t < end; ++t) {
-    const TilePlace place = tile_place(p, first + t);
-    for (int64_t c = 0; c < p.in_channels; c += W) {
-      const int64_t panel = c / kPanel, columns = panel_vectors(p.in_channels, panel) * W;
-      float* out = v + panel * 36 * winograd_plane(group, kPanel) + t * columns + c % kPanel;
-      transform_input_tile<4>(p, place, c, out, winograd_plane(group, columns));
+  with_storage(p.dtype, [&](auto stored) {
+    for (int64_t t = begin; t < end; ++t) {
+      const TilePlace place = tile_place(p, first + t);
+      for (int64_t c = 0; c < p.in_channels; c += W) {
+        const int64_t panel = c / kPanel, columns = panel_vectors(p.in_channels, panel) * W;
+        float* out = v + panel * 36 * winograd_plane(group, kPanel) + t * columns + c % kPanel;
+        transform_input_tile<4, typename decltype(stored)::type>(p, place, c, out, winograd_plane(group, columns));
+      }
     }
-  }
+  });
 }
 
 // g: [36][tile][out_channels and 16 more, so that the rows of a tile do not share cache sets].
-static void winograd_gradient_output(const WinogradConv& p, const float* grad, int64_t first, int64_t group,
-                                     int64_t begin, int64_t end, float* g) {
+template <class T>
+static void winograd_gradient_output_of(const WinogradConv& p, const T* grad, int64_t first, int64_t group,
+                                        int64_t begin, int64_t end, float* g) {
   const int64_t channels = p.out_channels, stride = channels + 16, plane = winograd_plane(group, stride);
   for (int64_t t = begin; t < end; ++t) {
     const TilePlace place = tile_place(p, first + t);
-    const float* from = grad + ((place.image * p.out_height + place.h) * p.out_width + place.w) * channels;
+    const T* from = grad + ((place.image * p.out_height + place.h) * p.out_width + place.w) * channels;
     for (int64_t c = 0; c < channels; c += W) {
       vf columns[6][4];
 #pragma GCC unroll 4
@@ -67,6 +70,14 @@ static void winograd_gradient_output(const WinogradConv& p, const float* grad, i
       }
     }
   }
+}
+
+static void winograd_gradient_output(const WinogradConv& p, const void* grad, int64_t first, int64_t group,
+                                     int64_t begin, int64_t end, float* g) {
+  with_storage(p.dtype, [&](auto stored) {
+    using T = typename decltype(stored)::type;
+    winograd_gradient_output_of(p, static_cast<const T*>(grad), first, group, begin, end, g);
+  });
 }
 
 // Tiles [begin, end) of the group, one panel of input channels, rows [first_row, last_row) of kTileRows output channels.

@@ -6,6 +6,13 @@
 
 namespace fastres {
 
+// dtype: 0 fp32, 1 bf16, 2 fp16.
+inline int64_t value_bytes(int dtype) { return dtype == 0 ? 4 : 2; }
+inline const void* element(const void* values, int dtype, int64_t i) {
+  return static_cast<const char*>(values) + i * value_bytes(dtype);
+}
+inline void* element(void* values, int dtype, int64_t i) { return static_cast<char*>(values) + i * value_bytes(dtype); }
+
 struct BF16 {
   uint16_t bits;
 };

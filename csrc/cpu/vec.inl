@@ -52,7 +52,12 @@ FASTRES_INLINE void store(BF16* p, vf v) {
 #endif
 }
 
-FASTRES_INLINE vf load(const F16* p) {
+#if FASTRES_LEVEL > 0
+#define FASTRES_F16 FASTRES_INLINE
+#else  // W conversions by integer arithmetic: a function call, because unrolled loops would hold hundreds of them
+#define FASTRES_F16 static inline __attribute__((noinline))
+#endif
+FASTRES_F16 vf load(const F16* p) {
 #if FASTRES_LEVEL >= 2
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif FASTRES_LEVEL == 1
@@ -63,7 +68,7 @@ FASTRES_INLINE vf load(const F16* p) {
   return v;
 #endif
 }
-FASTRES_INLINE void store(F16* p, vf v) {
+FASTRES_F16 void store(F16* p, vf v) {
 #if FASTRES_LEVEL >= 2
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif FASTRES_LEVEL == 1
@@ -72,6 +77,7 @@ FASTRES_INLINE void store(F16* p, vf v) {
   for (int i = 0; i < W; ++i) p[i] = float_to_half(v[i]);
 #endif
 }
+#undef FASTRES_F16
 
 // The first n < W values; the other lanes are zero, or not written.
 template <class T>

@@ -3,7 +3,8 @@
 Methods: an implicit matrix product for every kernel size, stride, padding and dilation; Winograd's F(4x4, 3x3), which
 needs a quarter of the multiplications of a 3x3 convolution and has an error of about 1e-6 (relative L2) instead of
 2e-7; and F(2x2, 3x3), which is as exact as the direct way and has fewer weights to read at small batch sizes.
-`fastres.config.winograd = False` leaves both out. bf16 and fp16 activations are converted to fp32 and back.
+`fastres.config.winograd = False` leaves both out. bf16 and fp16 activations are converted to fp32 and back in blocks
+that stay in the cache; products and sums are fp32.
 """
 
 from __future__ import annotations
@@ -69,11 +70,11 @@ class Packed:
         return self.weight.nbytes
 
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        residual = None if residual is None else _nhwc(residual)
+        residual = None if residual is None else _nhwc(residual.to(x.dtype))
         y = torch.ops.fastres_cpu.conv.default(
             _nhwc(x), self.weight, self.shape, self.bias, residual, *self.geometry, relu, self.method
         )
-        return layout.in_format(y if x.dtype is torch.float32 else y.to(x.dtype), torch.channels_last)
+        return layout.in_format(y, torch.channels_last)
 
     def then_maxpool(
         self, kernel: int, stride: int, padding: int
@@ -87,7 +88,7 @@ class Packed:
             y = torch.ops.fastres_cpu.conv_maxpool.default(
                 _nhwc(x), self.weight, self.shape, self.bias, *geometry, relu, kernel, stride, padding
             )
-            return layout.in_format(y if x.dtype is torch.float32 else y.to(x.dtype), torch.channels_last)
+            return layout.in_format(y, torch.channels_last)
 
         return run
 
@@ -114,7 +115,7 @@ def prepare(
 
 
 def _nhwc(t: Tensor) -> Tensor:
-    return t.float().contiguous(memory_format=torch.channels_last)
+    return t.contiguous(memory_format=torch.channels_last)
 
 
 def conv_bias_act(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *options: Any) -> Tensor:
@@ -137,7 +138,7 @@ def convolve_backward(
     """The gradients of x, weight and bias that are needed, for the gradient of the output."""
     ops, dtype = torch.ops.fastres_cpu, x.dtype
     served = why_not(x, weight, None, None, *geometry) is None
-    grad = _nhwc(grad) if served else grad
+    grad = _nhwc(grad.to(dtype)) if served else grad
     grad_x = grad_weight = grad_bias = None
     if served and needed[0]:
         grad_x = ops.conv_backward_input.default(grad, weight.float(), x.shape, *geometry, config.winograd)
@@ -150,7 +151,7 @@ def convolve_backward(
             grad.to(dtype), x, layout.plain(weight), bias_sizes, *where, list(needed)
         )
     if grad_x is not None:
-        grad_x = layout.in_format(grad_x, torch.channels_last).to(dtype)
+        grad_x = layout.in_format(grad_x, torch.channels_last)
     if needed[1]:
         grad_weight = ops.conv_backward_weight.default(grad, _nhwc(x), weight.shape, *geometry, config.winograd)
         grad_weight = grad_weight.to(dtype)
