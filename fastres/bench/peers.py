@@ -1,4 +1,4 @@
-"""The contenders that are no PyTorch: ONNX Runtime, OpenVINO and ncnn; inference on the CPU, fp32 (OpenVINO: bf16 too).
+"""The contenders that are no PyTorch: ONNX Runtime, OpenVINO and ncnn; inference on the CPU, in fp32 but for OpenVINO.
 
 Each gets its strongest settings for one stream of batches: all threads inside one inference, all graph optimisations.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from fastres.bench import machine
 from fastres.bench.contenders import Contender, logits_error
 from fastres.bench.task import Task
 
@@ -72,16 +71,11 @@ class OnnxRuntime(Peer):
 
 
 class OpenVino(Peer):
+    """In half precision where it says that the processor has it, else in fp32."""
+
     title = "OpenVINO"
     packages = ("openvino", "onnx")
-    dtypes = ("float32", "bfloat16")
-
-    @classmethod
-    def why_not(cls, mode: str, dtype: str, device: str) -> str | None:
-        has_bf16 = {"avx512_bf16", "amx_bf16"}.intersection(machine.cpu()["isa"])
-        if dtype == "bfloat16" and not has_bf16:
-            return "computes bf16 in fp32 on this processor"
-        return super().why_not(mode, dtype, device)
+    dtypes = ("float32", "bfloat16", "float16")
 
     @classmethod
     def imports(cls) -> None:
@@ -90,12 +84,18 @@ class OpenVino(Peer):
     def load(self) -> None:
         import openvino
 
+        core = openvino.Core()
+        precision, capability = {"bfloat16": ("bf16", "BF16"), "float16": ("f16", "FP16")}.get(
+            self.task.dtype, ("", "")
+        )
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.task.threads,
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[self.task.dtype],
+            "INFERENCE_PRECISION_HINT": precision
+            if capability in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+            else "f32",
         }
-        compiled = openvino.Core().compile_model(os.fspath(self.task.file("model.onnx")), "CPU", options)
+        compiled = core.compile_model(os.fspath(self.task.file("model.onnx")), "CPU", options)
         self.request = compiled.create_infer_request()
 
     def logits(self) -> np.ndarray:
