@@ -84,6 +84,23 @@ def test_within_twice_eagers_error(conv, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("layout", "groups"), [(torch.contiguous_format, 1), (NHWC, 4), (NHWC, 16)], ids=str)
+def test_what_is_left_to_aten_runs_in_fp32(layout, groups, dtype):
+    """NCHW, grouped, depthwise: y and every gradient are fp32 results, rounded once."""
+    geometry = ([1, 1], [1, 1], [1, 1], groups)
+    x, grad = (torch.randn(2, 16, 9, 9).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    weight, bias = torch.randn(16, 16 // groups, 3, 3).to(dtype), torch.randn(16).to(dtype)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    want = F.conv2d(*exact, 1, 1, 1, groups)
+    want.backward(grad.double())
+    y = convolution.convolve(x, weight, bias, geometry)
+    grads = convolution.convolve_backward(grad, x, weight, True, geometry, (True, True, True))
+    for got, truth in zip((y, *grads), (want, *(t.grad for t in exact)), strict=True):
+        assert got.dtype is dtype and relative_error(got, truth) <= unit_roundoff(dtype)
+    assert convolution.convolve_backward(grad, x, weight, False, geometry, (False, True, False))[::2] == [None, None]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("values", BAD_VALUES.values(), ids=BAD_VALUES)
 @pytest.mark.parametrize("conv", SPECIAL, ids=str)
 def test_values_that_are_not_finite(conv, values, dtype):
