@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _convolution import GEMM, NAMES, NHWC, OPS, Conv, eager, forward, fused, grad_weight, grad_x, square
-from test_convolution import CIFAR, UGLY
+from test_convolution import UGLY
 from test_convolution_maxpool import CONVS, run
+from test_convolution_nets import CIFAR
 from test_convolution_values import BAD_VALUES, SPECIAL, spoil
 
 import fastres
+from fastres import functional
 from fastres.kernels import convolution, onednn
 from fastres.testing import budget, relative_error, unit_roundoff
 
@@ -98,6 +100,17 @@ def test_what_is_left_to_aten_runs_in_fp32(layout, groups, dtype):
     for got, truth in zip((y, *grads), (want, *(t.grad for t in exact)), strict=True):
         assert got.dtype is dtype and relative_error(got, truth) <= unit_roundoff(dtype)
     assert convolution.convolve_backward(grad, x, weight, False, geometry, (False, True, False))[::2] == [None, None]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_gradients_of_the_op_are_exact_but_for_two_roundings(dtype):
+    """ATen's, of the convolution that the stem is in training; in fp32 where oneDNN has no half precision."""
+    x, weight, bias, *_ = (t.to(dtype).requires_grad_() for t in square(3, 8, 7, 2, 3, 15, batch=2).tensors())
+    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    functional.conv_bias_act(x, weight, bias, stride=2, padding=3, act="identity").sum().backward()
+    F.conv2d(*exact, 2, 3).sum().backward()
+    for t, truth in zip((x, weight, bias), exact, strict=True):
+        assert t.grad.dtype is dtype and relative_error(t.grad, truth.grad) <= 2 * unit_roundoff(dtype)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -123,7 +123,7 @@ def conv_bias_act(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
     return prepare(x, weight, bias, *geometry)(x, residual, relu)
 
 
-def _aten_dtype(dtype: torch.dtype) -> torch.dtype:
+def aten_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which ATen convolves fast: where oneDNN has no half precision, ATen's takes 5 to 30 times as long as
     fp32 (3x3 of 28x28 maps in NCHW, grouped and depthwise, one thread of Zen 3)."""
     half = dtype in (torch.bfloat16, torch.float16)
@@ -135,7 +135,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any
     if why_not(x, weight, bias, None, *geometry) is None:
         return conv_bias_act(x, weight, bias, None, *geometry, False)
     stride, padding, dilation, groups = geometry
-    inputs = (None if t is None else t.to(_aten_dtype(x.dtype)) for t in (x, layout.plain(weight), bias))
+    inputs = (None if t is None else t.to(aten_dtype(x.dtype)) for t in (x, layout.plain(weight), bias))
     y = torch.ops.aten.convolution(*inputs, stride, padding, dilation, False, [0, 0], groups)
     return layout.in_format(y.to(x.dtype), reference.conv_format(x, weight))
 
@@ -154,7 +154,7 @@ def convolve_backward(
     if not served:
         stride, padding, dilation, groups = geometry
         bias_sizes = [weight.shape[0]] if has_bias else None
-        inputs = (t.to(_aten_dtype(dtype)) for t in (grad, x, layout.plain(weight)))
+        inputs = (t.to(aten_dtype(dtype)) for t in (grad, x, layout.plain(weight)))
         grads = torch.ops.aten.convolution_backward(
             *inputs, bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)
         )

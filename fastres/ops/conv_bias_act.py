@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastres import layout, reference
+from fastres.kernels import convolution
 from fastres.ops import registration
 
 
@@ -44,9 +45,12 @@ def convolution_backward(
     """Gradients of x, weight and bias of a convolution; geometry is (stride, padding, dilation, groups)."""
     stride, padding, dilation, groups = geometry
     bias_sizes = [weight.shape[0]] if has_bias else None
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)
+    dtype = convolution.aten_dtype(x.dtype) if x.is_cpu else x.dtype
+    grads = torch.ops.aten.convolution_backward(
+        *(t.to(dtype) for t in (grad, x, weight)),
+        *(bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)),
     )
+    return tuple(None if g is None else g.to(x.dtype) for g in grads)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
