@@ -58,19 +58,79 @@ UGLY = [
     Conv((1, 8, 23, 3), (8, 8, 3, 3), (1, 1), (1, 1)),
 ]
 
+DEPTHWISE = [
+    square(c, multiplier * c, size, stride, size // 2, 14, batch=2, groups=c)
+    for c, size in ((32, 3), (64, 7), (160, 3))
+    for multiplier in (1, 2)
+    for stride in (1, 2)
+]
+
+#: Groups of every width, also those left to oneDNN, and channels that fill no vector.
+UGLY_GROUPS = [
+    *(
+        square(g * c, g * k, 3, 1, 1, 7, batch=3, groups=g)
+        for g, c, k in ((17, 1, 1), (65, 1, 1), (33, 1, 2), (17, 1, 3))
+    ),
+    *(
+        square(g * c, g * k, 3, 1, 1, 7, batch=3, groups=g)
+        for g, c, k in ((9, 2, 2), (17, 2, 1), (9, 2, 4), (11, 4, 2))
+    ),
+    *(
+        square(g * c, g * k, 3, 2, 1, 9, groups=g)
+        for g, c, k in ((5, 4, 4), (7, 4, 8), (7, 8, 4), (7, 3, 3), (3, 6, 7))
+    ),
+    *(
+        square(g * c, g * k, 3, 1, 1, 6, groups=g)
+        for g, c, k in ((3, 8, 8), (3, 8, 16), (3, 16, 8), (5, 8, 3), (2, 8, 24))
+    ),
+    *(square(g * c, g * k, 3, 2, 1, 7, groups=g) for g, c, k in ((2, 16, 16), (3, 17, 21), (2, 65, 33), (2, 20, 5))),
+    *(square(c, c, 1, s, 0, 7, batch=2, groups=g) for c, g, s in ((32, 32, 1), (32, 8, 2), (64, 4, 1), (64, 2, 3))),
+    *(square(c, c, 5, 1, 2, 8, groups=g) for c, g in ((24, 24), (32, 8), (48, 3))),
+    *(square(c, c, 2, 2, 1, 8, groups=g) for c, g in ((24, 24), (32, 8), (48, 3))),
+    *(square(c, c, 3, 2, 3, 11, dilation=3, groups=g) for c, g in ((24, 24), (32, 8), (48, 3))),
+    *(square(c, c, 3, 1, 4, 5, groups=g) for c, g in ((24, 24), (32, 8), (48, 3))),
+    *(square(c, c, 3, 1, 1, 1, batch=2, groups=g) for c, g in ((24, 24), (32, 8), (48, 3))),
+    Conv((1, 24, 9, 7), (24, 1, 5, 3), (1, 2), (3, 0), (2, 1), 24),
+    Conv((2, 32, 7, 19), (32, 4, 1, 5), (3, 1), (0, 2), (1, 2), 8),
+    Conv((1, 48, 23, 3), (96, 16, 3, 1), (2, 1), (1, 0), groups=3),
+    Conv((1, 16, 130, 120), (16, 1, 3, 3), (1, 1), (1, 1), groups=16),  # more rows than are computed together
+    Conv((1, 32, 9, 1200), (32, 4, 3, 3), (2, 1), (1, 1), groups=8),
+]
+
+
+@pytest.mark.parametrize("conv", DEPTHWISE, ids=str)
+def test_depthwise(conv):
+    tensors = conv.tensors()
+    got = fused(conv, tensors)
+    check(conv, tensors, got, conv.methods())
+    x, weight, *rest = tensors
+    other = fused(conv, (x, weight.contiguous(), *rest))
+    assert all(torch.equal(a, b) for a, b in zip(got, other, strict=True)), "depends on the layout of the weight"
+
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, NHWC], ids=str)
-@pytest.mark.parametrize("conv", UGLY, ids=str)
+@pytest.mark.parametrize("conv", [*UGLY, *UGLY_GROUPS], ids=str)
 def test_ugly_shapes(conv, layout):
     x, weight, *rest = conv.tensors()
+    if not conv.method():
+        pytest.skip("left to oneDNN")
     tensors = (x, weight.contiguous(memory_format=layout), *rest)
     check(conv, tensors, fused(conv, tensors), conv.methods())
+
+
+EPILOGUES = [
+    square(16, 48, 3, 1, 1, 10),
+    square(17, 21, 3, 2, 1, 9),
+    *(square(51, 51, 3, 1, 1, 5, groups=g) for g in (51, 17)),
+    square(48, 48, 3, 1, 1, 5, groups=3),
+    square(40, 40, 3, 2, 1, 9, groups=10),
+]
 
 
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "identity"])
 @pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "plain"])
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("conv", [square(16, 48, 3, 1, 1, 10), square(17, 21, 3, 2, 1, 9)], ids=str)
+@pytest.mark.parametrize("conv", EPILOGUES, ids=str)
 def test_epilogue(conv, with_bias, with_residual, relu):
     x, weight, bias, residual, _ = conv.tensors()
     bias, residual = bias if with_bias else None, residual if with_residual else None
@@ -80,24 +140,45 @@ def test_epilogue(conv, with_bias, with_residual, relu):
     assert relative_error(forward(conv, x, weight, bias, residual, relu), want) < 2e-6
 
 
+#: Input and output channels of a group.
+GROUP_WIDTHS = [
+    (1, 1),
+    (1, 2),
+    (2, 1),
+    (1, 3),
+    (3, 3),
+    (3, 5),
+    (2, 2),
+    (2, 4),
+    (4, 4),
+    (4, 8),
+    (8, 8),
+    (16, 16),
+    (16, 32),
+]
+
+
 @st.composite
 def convs(draw):
     def pair(low, high):
         return draw(st.integers(low, high)), draw(st.integers(low, high))
 
     channels = st.one_of(st.integers(1, 20), st.sampled_from([8, 16, 24, 32, 33]))
-    c, k, three = draw(channels), draw(channels), draw(st.booleans())
+    c, k, three, groups = draw(channels), draw(channels), draw(st.booleans()), 1
+    if draw(st.booleans()):
+        c, k = draw(st.sampled_from(GROUP_WIDTHS))
+        groups = -(-16 // min(c, k)) + draw(st.integers(0, 8))
     kernel, stride = ((3, 3), (1, 1)) if three else (pair(1, 5), pair(1, 3))
     size = pair(1, 14)
-    conv = Conv(
-        (draw(st.integers(1, 3)), c, *size), (k, c, *kernel), stride, pair(0, 4), (1, 1) if three else pair(1, 3)
-    )
+    x, weight = (draw(st.integers(1, 3)), groups * c, *size), (groups * k, c, *kernel)
+    conv = Conv(x, weight, stride, pair(0, 4), (1, 1) if three else pair(1, 3), groups)
     reach = [n + 2 * p - d * (r - 1) for n, p, d, r in zip(size, conv.padding, conv.dilation, kernel, strict=True)]
     assume(min(reach) > 0)
+    assume(conv.method() != 0)
     return conv
 
 
-@settings(deadline=None, derandomize=True, max_examples=80)
+@settings(deadline=None, derandomize=True, max_examples=120)
 @given(convs(), st.booleans(), st.integers(0, 2**31))
 def test_any_geometry(conv, winograd, seed):
     torch.manual_seed(seed)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from _convolution import (
     GEMM,
+    GROUPED,
     NAMES,
     NAN,
     NHWC,
@@ -38,6 +39,9 @@ from fastres.testing import relative_error
         square(128, 144, 3, 1, 1, 7),
         square(3, 64, 7, 2, 3, 64),
         square(64, 128, 1, 2, 0, 28),
+        square(48, 48, 3, 1, 1, 30, batch=3, groups=48),
+        square(64, 64, 3, 2, 1, 28, batch=2, groups=16),
+        square(128, 128, 3, 1, 1, 7, groups=4),
     ],
     ids=str,
 )
@@ -73,6 +77,11 @@ def embedded(t, offset=13):
         square(3, 5, 7, 2, 3, 11, batch=2),
         square(65, 33, 1, 1, 0, 5),
         square(5, 3, 3, 1, 2, 8, dilation=2),
+        *(square(51, 51, 3, 1, 1, 6, batch=2, groups=groups) for groups in (51, 17)),
+        square(48, 48, 3, 1, 1, 6, batch=2, groups=3),
+        *(square(72, 72, 3, 2, 1, 7, groups=groups) for groups in (36, 18, 9)),
+        square(20, 40, 3, 1, 1, 6, groups=20),
+        square(40, 20, 3, 1, 1, 6, groups=20),
     ],
     ids=str,
 )
@@ -105,9 +114,15 @@ def test_method():
     assert square(64, 64, 3, 1, 1, 1).method() == GEMM
     assert square(512, 512, 3, 1, 1, 7).method() == WINOGRAD2  # fewer weights to read
     assert square(512, 512, 3, 1, 1, 7, batch=16).method() == WINOGRAD
-    for groups in (2, 64):
-        args = ((1, 64, 14, 14), (64, 64 // groups, 3, 3), (1, 1), (1, 1), (1, 1), groups, True)
-        assert OPS.conv_method(*args) == 0
+    for groups in (2, 4, 8, 16, 32, 64):
+        for winograd in (True, False):
+            assert square(64, 64, 3, 1, 1, 14, groups=groups).method(winograd) == GROUPED
+    for c, k, size, groups in ((4, 8, 3, 4), (8, 4, 3, 4), (36, 36, 3, 3), (96, 96, 1, 3), (512, 512, 3, 2)):
+        assert square(c, k, size, 1, size // 2, 14, groups=groups).method() == 0
+    depthwise = [square(64, 64, 3, 1, 1, 14, batch=batch, groups=64) for batch in (1, 64)]
+    for conv in (depthwise[0], square(64, 64, 3, 2, 1, 14, groups=16), square(64, 64, 3, 1, 1, 14, groups=2)):
+        assert all(t.numel() for t in fused(conv, conv.tensors()))
+    assert [t.numel() > 0 for t in fused(depthwise[1], depthwise[1].tensors())] == [True, False, False]
 
 
 def test_config_winograd_of_a_function(monkeypatch):
@@ -171,7 +186,8 @@ def test_one_layer_with_shapes_that_need_different_methods():
 
 def test_several_threads_at_once():
     jobs = []
-    for conv in (square(64, 64, 3, 1, 1, 28, batch=2), square(3, 64, 7, 2, 3, 64), square(64, 65, 3, 2, 1, 28)) * 4:
+    grouped = square(64, 64, 3, 1, 1, 28, batch=2, groups=16)
+    for conv in (square(64, 64, 3, 1, 1, 28, batch=2), square(3, 64, 7, 2, 3, 64), grouped) * 4:
         tensors = conv.tensors()
         jobs.append((conv, tensors, fused(conv, tensors)))
 
@@ -202,7 +218,8 @@ def bad_calls():
     def pack(weight=weight, where=where, method=GEMM, x=conv.x):
         return lambda: OPS.conv_pack(weight, x, *where, method)
 
-    grouped = (*where[:3], 2)
+    few = square(4, 4, 3, 1, 1, 14, batch=2, groups=2)
+    few_x, few_weight, _, _, few_grad = few.tensors()
     not_dense, no_shape = "dense in channels_last", "must have the shape of"
     no_dtype = "serves float32, bfloat16 and float16"
     return {
@@ -237,14 +254,16 @@ def bad_calls():
         "grad of another size": (back(nhwc(*other.y)), f"grad_y {no_shape} the output"),
         "grad of another batch": (back(grad[:1].contiguous(memory_format=NHWC)), f"grad_y {no_shape} the output"),
         "float64 weight": (back(weight=weight.double()), "weight must be a 4D float32"),
-        "grad_x of groups": (back(weight=weight[:, :8], where=grouped), "grouped"),
+        "packed for groups": (run(packed=packed[GEMM][:-1], method=GROUPED), "packed weight does not fit"),
+        "few channels": (pack(few_weight, few.geometry, GROUPED, few.x), "does not serve"),
+        "grad_x of few channels": (back(few_grad, few_weight, few.x, few.geometry), "not served"),
         "grad for the weight": (back_weight(nhwc(*other.y)), f"grad_y {no_shape} the output"),
         "float64 grad for the weight": (back_weight(grad.double()), no_dtype),
         "float64 x for the weight": (back_weight(x=x.double()), no_dtype),
         "bfloat16 grad for the weight": (back_weight(grad.bfloat16()), "grad_y must have the dtype of x"),
         "NCHW x for the weight": (back_weight(x=x.contiguous()), f"x must be {not_dense}"),
         "channels of the gradient's weight": (back_weight(weight=(32, 17, 3, 3)), "channels do not match"),
-        "grad_weight of groups": (back_weight(weight=(32, 8, 3, 3), where=grouped), "grouped"),
+        "grad_weight of few channels": (back_weight(few_grad, few_x, few.weight, few.geometry), "not served"),
     }
 
 
@@ -269,6 +288,11 @@ def test_empty_batch():
             winograd = method == {WINOGRAD}
             assert ops.conv_backward_input(x, w, x.shape, *where, winograd).shape == x.shape
             assert ops.conv_backward_weight(x, x, w.shape, *where, winograd).eq(0).all()
+        where = (*where[:3], 16)
+        packed = ops.conv_pack(w[:, :1], [1, 16, 14, 14], *where, {GROUPED})
+        assert ops.conv(x, packed, [16, 1, 3, 3], None, None, *where, False, {GROUPED}).shape == x.shape
+        assert ops.conv_backward_input(x, w[:, :1], x.shape, *where, True).shape == x.shape
+        assert ops.conv_backward_weight(x, x, [16, 1, 3, 3], *where, True).eq(0).all()
     """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 0, f"exit status {process.returncode}\n{process.stderr}"

@@ -10,7 +10,13 @@ from fastres import functional
 from fastres.kernels import convolution
 from fastres.testing import relative_error
 
-SPECIAL = [square(16, 32, 3, 1, 1, 14, batch=2), square(17, 24, 3, 2, 1, 9, batch=2), square(3, 8, 3, 1, 1, 9, batch=2)]
+SPECIAL = [
+    square(16, 32, 3, 1, 1, 14, batch=2),
+    square(17, 24, 3, 2, 1, 9, batch=2),
+    square(3, 8, 3, 1, 1, 9, batch=2),
+    *(square(24, 24, 3, 1, 1, 9, batch=2, groups=groups) for groups in (24, 6, 3, 8)),
+    square(64, 64, 3, 2, 1, 9, batch=2, groups=2),
+]
 #: (channel, row, column) -> value
 BAD_VALUES = {
     "nan": {(2, 5, 6): NAN},
@@ -116,29 +122,32 @@ def test_huge_weights(monkeypatch, winograd, tap, value):
     assert relative_error(grad_x(conv, grad, weight, winograd), want_x) < 5e-6
 
 
+#: Convolutions, and whether with Winograd.
+WEIGHTS_OF = [(SPECIAL[0], True), (SPECIAL[0], False), (SPECIAL[3], True), (SPECIAL[4], True)]
+WEIGHTS_OF_IDS = ["winograd", "direct", "depthwise", "groups"]
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("tap", TAPS.values(), ids=TAPS)
-@pytest.mark.parametrize("winograd", [True, False], ids=["winograd", "direct"])
-def test_weights_that_are_not_finite(monkeypatch, winograd, tap, value):
+@pytest.mark.parametrize("conv, winograd", WEIGHTS_OF, ids=WEIGHTS_OF_IDS)
+def test_weights_that_are_not_finite(monkeypatch, conv, winograd, tap, value):
     """Through the public function, which takes any weight. As in float64: there, too, an infinity times padding is
     NaN."""
     monkeypatch.setattr(fastres.config, "winograd", winograd)
-    conv = SPECIAL[0]
     x, weight, *_ = conv.tensors()
-    weight[(5, 3, *tap)] = value
+    weight[(5, -1, *tap)] = value
     with fastres.use_kernels("cpu"):
-        got = functional.conv_bias_act(x, weight, None, padding=1, act="identity")
+        got = functional.conv_bias_act(x, weight, None, padding=1, groups=conv.groups, act="identity")
     assert_as_in_eager(got, F.conv2d(x.double(), weight.double(), None, *conv.geometry))
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("tap", TAPS.values(), ids=TAPS)
-@pytest.mark.parametrize("winograd", [True, False], ids=["winograd", "direct"])
-def test_gradient_of_weights_that_are_not_finite(monkeypatch, winograd, tap, value):
+@pytest.mark.parametrize("conv, winograd", WEIGHTS_OF, ids=WEIGHTS_OF_IDS)
+def test_gradient_of_weights_that_are_not_finite(monkeypatch, conv, winograd, tap, value):
     monkeypatch.setattr(fastres.config, "winograd", winograd)
-    conv = SPECIAL[0]
     x, weight, _, _, grad = conv.tensors()
-    weight[(5, 3, *tap)] = value
+    weight[(5, -1, *tap)] = value
     want, witness = (eager_grads(conv, grad.to(d), x.to(d), weight.to(d))[0] for d in (torch.float64, torch.float32))
     assert grad_x(conv, grad, weight, winograd).numel() == 0  # the caller takes ATen's
     got = convolution.convolve_backward(grad, x, weight, False, conv.geometry, (True, False, False))[0]

@@ -135,7 +135,7 @@ def test_bn_act_maxpool(kernel, case, pool, training, relu):
     assert_parity(got, run(eager, torch.float64), witness, case.dtype, names)
 
 
-#: What serves a convolution under each name: our own kernels take neither groups nor NCHW.
+#: What serves a convolution under each name: our own kernels do not take NCHW.
 CONVOLUTION_KERNELS = {"reference": ("reference",), "cpu": ("cpu", "onednn"), "onednn": ("onednn",)}
 
 
@@ -147,6 +147,7 @@ CONVOLUTIONS = [
     (32, 65, 1, 2, 0, 1, 1, 9, 8),
     (16, 32, 3, 2, 1, 1, 4, 11, 7),
     (24, 24, 3, 1, 2, 2, 24, 8, 8),
+    (4, 8, 3, 1, 1, 1, 4, 8, 8),
     (5, 3, 2, 1, 0, 1, 1, 4, 3),
 ]
 
@@ -180,7 +181,7 @@ def test_conv_bias_act(kernel, convolution, dtype, with_residual, layout):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("convolution", CONVOLUTIONS[:5], ids=str)
+@pytest.mark.parametrize("convolution", CONVOLUTIONS[:7], ids=str)
 def test_conv_bn_act(kernel, convolution, dtype, with_residual, training, layout):
     c, k, size, stride, padding, dilation, groups, h, w = convolution
     case = Case((2, c, h, w), dtype, layout)

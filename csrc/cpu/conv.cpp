@@ -244,7 +244,7 @@ Activation nhwc(const Tensor& t, const char* name) {
 // more; weights too large for the cache are read from memory on every call, at the price of kRead multiplications a value (both as
 // measured on two cores of Zen 3: 170 GFLOP/s, 25 GB/s).
 Method method_of(const Geometry& g, bool winograd) {
-  if (g.groups > 1) return kNone;
+  if (g.groups > 1) return grouped_kernels().serves(group_shape(g), g.kernel_h * g.kernel_w) ? kGrouped : kNone;
   if (!winograd || !winograd_fits(g)) return kGemm;
   constexpr double kTransforms = 1.2, kRead = 11;
   constexpr int64_t kCached = 1 << 19;  // values
@@ -276,7 +276,7 @@ Tensor conv_pack(const Tensor& weight, const std::vector<int64_t>& x, const std:
   const Geometry g(x, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride, padding, dilation,
                    groups);
   const int64_t tile = winograd_tile(method);
-  STD_TORCH_CHECK(method == kGemm || tile > 0, "method must be 1, 2 or 3");
+  STD_TORCH_CHECK(method == kGemm || method == kGrouped || tile > 0, "method must be 1, 2, 3 or 4");
   if (tile > 0) {
     STD_TORCH_CHECK(winograd_fits(g), "Winograd does not serve this convolution");
     Tensor packed = cached_empty(winograd_floats(g, tile));
@@ -284,6 +284,14 @@ Tensor conv_pack(const Tensor& weight, const std::vector<int64_t>& x, const std:
     return finite ? packed : cached_empty(0);
   }
   const Taps taps = forward_taps(g);
+  if (method == kGrouped) {
+    const GroupShape shape = group_shape(g);
+    STD_TORCH_CHECK(grouped_kernels().serves(shape, taps.count()), "method 4 does not serve this convolution");
+    Tensor packed = cached_empty(grouped_floats(shape, taps));
+    pack_grouped(shape, view_of(weight, 0, groups), g.group_out() * weight.stride(0), taps,
+                 static_cast<float*>(packed.mutable_data_ptr()));
+    return packed;
+  }
   const int64_t floats = gemm_floats(taps, g.group_in(), g.group_out());
   Tensor packed = cached_empty(groups * floats);
   float* out = static_cast<float*>(packed.mutable_data_ptr());
@@ -305,7 +313,7 @@ Tensor conv(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& w
                           residual.has_value() ? residual->const_data_ptr() : nullptr, relu};
   void* y_data = y.mutable_data_ptr();
   const int64_t tile = winograd_tile(method);
-  STD_TORCH_CHECK(method == kGemm || tile > 0, "method must be 1, 2 or 3");
+  STD_TORCH_CHECK(method == kGemm || method == kGrouped || tile > 0, "method must be 1, 2, 3 or 4");
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.dim() == 1 && packed.is_contiguous(),
                   "packed weight must be what conv_pack returned");
   const float* weight_data = static_cast<const float*>(packed.const_data_ptr());
@@ -313,6 +321,13 @@ Tensor conv(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& w
   if (tile > 0) {
     STD_TORCH_CHECK(winograd_fits(g) && packed.numel() == winograd_floats(g, tile), "packed weight does not fit");
     conv_winograd(g, tile, x_data, weight_data, epilogue, y_data);
+    return y;
+  }
+  if (method == kGrouped) {
+    STD_TORCH_CHECK(
+        method_of(g, false) == kGrouped && packed.numel() == grouped_floats(group_shape(g), forward_taps(g)),
+        "packed weight does not fit");
+    conv_grouped(g, fp32(x_data), weight_data, epilogue, static_cast<float*>(y_data));
     return y;
   }
   STD_TORCH_CHECK(packed.numel() == groups * gemm_floats(forward_taps(g), g.group_in(), g.group_out()),

@@ -2,6 +2,7 @@
 #include "conv_backward.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "conv_methods.h"
 
@@ -44,8 +45,9 @@ bool input_stride_1(const Geometry& g, const Activation& grad, const WeightView&
 }
 
 // Any stride: the pixels of x whose places are equal modulo the stride read the same taps, by a convolution with stride 1 each.
-bool input_strided(const Geometry& g, const Activation& grad, const WeightView& weight, void* out) {
-  const WeightView view = exchanged(weight);
+// run(taps, conv) takes one of them; false, where the weight is not finite, ends it all.
+template <class F>
+bool for_each_phase(const Geometry& g, const Activation& grad, void* out, const F& run) {
   const std::vector<float> zeros(g.out_channels);
   for (int64_t first_h = 0; first_h < std::min(g.stride_h, g.height); ++first_h) {
     for (int64_t first_w = 0; first_w < std::min(g.stride_w, g.width); ++first_w) {
@@ -58,8 +60,6 @@ bool input_strided(const Geometry& g, const Activation& grad, const WeightView& 
           if (w % g.stride_w == 0) taps.add(r, s, h / g.stride_h, w / g.stride_w);
         }
       }
-      const Scratch packed(std::max<int64_t>(1, gemm_floats(taps, g.out_channels, g.in_channels)));
-      if (taps.count() > 0 && !pack_gemm(view, taps, packed.data())) return false;
       GemmConv conv{};
       conv.images = g.images;
       conv.grid_height = divide_up(g.height - first_h, g.stride_h);
@@ -68,7 +68,8 @@ bool input_strided(const Geometry& g, const Activation& grad, const WeightView& 
       conv.x_dtype = conv.y_dtype = grad.dtype;
       conv.height = g.out_height;
       conv.width = g.out_width;
-      conv.x_pixel = conv.depth = g.out_channels;
+      conv.x_pixel = g.out_channels;
+      conv.depth = g.group_out();
       conv.step_h = conv.step_w = 1;
       conv.taps = taps.count();
       conv.tap_h = taps.h.data();
@@ -77,37 +78,82 @@ bool input_strided(const Geometry& g, const Activation& grad, const WeightView& 
       conv.y = out;
       conv.y_height = g.height;
       conv.y_width = g.width;
-      conv.y_pixel = conv.channels = g.in_channels;
+      conv.y_pixel = g.in_channels;
+      conv.channels = g.group_in();
       conv.y_step_h = g.stride_h;
       conv.y_step_w = g.stride_w;
       conv.y_first_h = first_h;
       conv.y_first_w = first_w;
-      conv.weight = packed.data();
-      run_gemm(conv);
+      if (!run(taps, conv)) return false;
     }
   }
   return true;
 }
 
-// An empty tensor where the weight is not finite.
+bool input_strided(const Geometry& g, const Activation& grad, const WeightView& weight, void* out) {
+  const WeightView view = exchanged(weight);
+  return for_each_phase(g, grad, out, [&](Taps& taps, GemmConv conv) {
+    const Scratch packed(std::max<int64_t>(1, gemm_floats(taps, g.out_channels, g.in_channels)));
+    if (taps.count() > 0 && !pack_gemm(view, taps, packed.data())) return false;
+    conv.weight = packed.data();
+    run_gemm(conv);
+    return true;
+  });
+}
+
+bool input_grouped(const Geometry& g, const Activation& grad, const WeightView& weight, void* out) {
+  const GroupShape shape{g.out_channels, g.in_channels, g.group_out(), g.group_in()};
+  const WeightView view = exchanged(weight);
+  const Scratch packed(grouped_floats(shape, forward_taps(g)));
+  float* next = packed.data();
+  std::vector<Taps> taps_of;
+  std::vector<GemmConv> phases;
+  const bool finite = for_each_phase(g, grad, out, [&](Taps& taps, GemmConv conv) {
+    if (!pack_grouped(shape, view, g.group_out() * weight.stride_k, taps, next)) return false;
+    conv.weight = next;
+    next += grouped_floats(shape, taps);
+    taps_of.push_back(std::move(taps));
+    phases.push_back(conv);
+    return true;
+  });
+  if (finite) run_grouped(shape, phases);
+  return finite;
+}
+
+// At large maps ATen's gradients of depthwise convolutions are faster, of the weight if the kernel is small (two cores of Zen 3,
+// AVX2: by up to a fifth).
+bool large_depthwise(const Geometry& g) {
+  return g.group_in() == 1 && g.group_out() == 1 && g.images * g.height * g.width * g.in_channels > 1 << 18;
+}
+bool input_left(const Geometry& g) {
+  if (g.groups == 1) return false;
+  const GroupShape shape{g.out_channels, g.in_channels, g.group_out(), g.group_in()};
+  return !grouped_kernels().serves(shape, g.kernel_h * g.kernel_w) || large_depthwise(g);
+}
+bool weight_left(const Geometry& g) { return g.groups > 1 && g.kernel_h * g.kernel_w < 25 && large_depthwise(g); }
+
+// An empty tensor where the weight is not finite, or where the gradient is left to ATen.
 Tensor conv_backward_input(const Tensor& grad_y, const Tensor& weight, const std::vector<int64_t>& x,
                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                            const std::vector<int64_t>& dilation, int64_t groups, bool winograd) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, "weight must be a 4D float32 tensor");
   const Geometry g(x, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride, padding, dilation,
                    groups);
-  STD_TORCH_CHECK(groups == 1, "grouped convolutions are not served");
+  STD_TORCH_CHECK(method_of(g, winograd) != kNone, "this grouped convolution is not served");
   const Activation grad = nhwc(grad_y, "grad_y");
   STD_TORCH_CHECK(grad_y.size(0) == g.images && grad_y.size(1) == g.out_channels && grad_y.size(2) == g.out_height &&
                       grad_y.size(3) == g.out_width,
                   "grad_y must have the shape of the output");
+  if (input_left(g)) return cached_empty(0);
   Tensor grad_x = cached_empty(g.images, g.in_channels, g.height, g.width, grad_y.scalar_type(), true);
   void* out = grad_x.mutable_data_ptr();
-  const WeightView view = view_of(weight, 0, 1);
+  const WeightView view = view_of(weight, 0, groups);
   const bool plain = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h * (g.kernel_h - 1) >= g.pad_h &&
                      g.dilation_w * (g.kernel_w - 1) >= g.pad_w;
   if (grad_x.numel() == 0) return grad_x;
-  const bool finite = plain ? input_stride_1(g, grad, view, winograd, out) : input_strided(g, grad, view, out);
+  const bool finite = groups > 1 ? input_grouped(g, grad, view, out)
+                      : plain    ? input_stride_1(g, grad, view, winograd, out)
+                                 : input_strided(g, grad, view, out);
   return finite ? grad_x : cached_empty(0);
 }
 
@@ -213,24 +259,27 @@ bool winograd_weight_gradient(const Geometry& g, const Activation& grad, const A
   return std::all_of(finite.begin(), finite.end(), [](char ok) { return ok; });
 }
 
-// The gradient of a weight of sizes [K, C, R, S], in channels_last layout.
+// The gradient of a weight of sizes [K, C, R, S], in channels_last layout; an empty tensor where it is left to ATen.
 Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const std::vector<int64_t>& weight,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                             const std::vector<int64_t>& dilation, int64_t groups, bool winograd) {
   const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, weight, stride, padding, dilation, groups);
-  STD_TORCH_CHECK(groups == 1, "grouped convolutions are not served");
+  STD_TORCH_CHECK(method_of(g, winograd) != kNone, "this grouped convolution is not served");
   const Activation grad = nhwc(grad_y, "grad_y"), x_data = nhwc(x, "x");
   STD_TORCH_CHECK(grad_y.size(0) == g.images && grad_y.size(1) == g.out_channels && grad_y.size(2) == g.out_height &&
                       grad_y.size(3) == g.out_width,
                   "grad_y must have the shape of the output");
   STD_TORCH_CHECK(grad.dtype == x_data.dtype, "grad_y must have the dtype of x");
-  Tensor grad_weight = cached_empty(g.out_channels, g.in_channels, g.kernel_h, g.kernel_w, ScalarType::Float, true);
+  if (weight_left(g)) return cached_empty(0);
+  Tensor grad_weight = cached_empty(g.out_channels, g.group_in(), g.kernel_h, g.kernel_w, ScalarType::Float, true);
   float* out = static_cast<float*>(grad_weight.mutable_data_ptr());
   if (g.pixels() == 0) {
     std::fill(out, out + grad_weight.numel(), 0.0f);
     return grad_weight;
   }
-  if (method_of(g, winograd) == kGemm || !winograd_weight_gradient(g, grad, x_data, out)) {
+  if (groups > 1) {
+    grouped_weight_gradient(g, fp32(grad), fp32(x_data), out);
+  } else if (method_of(g, winograd) == kGemm || !winograd_weight_gradient(g, grad, x_data, out)) {
     weight_gradient(g, grad, x_data, nullptr, out);
   }
   return grad_weight;

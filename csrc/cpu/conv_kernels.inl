@@ -3,6 +3,7 @@
 #include "conv_tile.inl"
 
 #include "conv_gemm.inl"
+#include "conv_grouped.inl"
 #include "conv_pool.inl"
 #include "conv_weight_gradient.inl"
 #include "conv_winograd.inl"

@@ -9,11 +9,12 @@
 #include "buffers.h"
 #include "common.h"
 #include "conv.h"
+#include "conv_grouped.h"
 #include "storage.h"
 
 namespace fastres {
 
-enum Method : int64_t { kNone = 0, kGemm = 1, kWinograd4 = 2, kWinograd2 = 3 };
+enum Method : int64_t { kNone = 0, kGemm = 1, kWinograd4 = 2, kWinograd2 = 3, kGrouped = 4 };
 // Outputs a side of a tile of F(4x4, 3x3) and F(2x2, 3x3); 0 for other methods.
 inline int64_t winograd_tile(int64_t method) { return method == kWinograd4 ? 4 : method == kWinograd2 ? 2 : 0; }
 
@@ -115,6 +116,10 @@ struct Activation {
   int dtype;
 };
 Activation nhwc(const Tensor& t, const char* name);
+inline const float* fp32(const Activation& activation) {
+  STD_TORCH_CHECK(activation.dtype == 0, "expected a float32 activation");
+  return static_cast<const float*>(activation.data);
+}
 
 // y and the epilogue's residual have the dtype of x.
 WinogradConv winograd_of(const Geometry& g, int64_t tile, const Activation& x, const float* packed,
@@ -144,5 +149,15 @@ void conv_winograd(const Geometry& g, int64_t tile, const Activation& x, const f
 // out[k][tap][c] = sum over pixels of grad[pixel][k] * (x[pixel moved by tap][c] - origin[c]). origin: null for zeros, else padded to
 // whole vectors, and only for convolutions without padding.
 void weight_gradient(const Geometry& g, const Activation& grad, const Activation& x, const float* origin, float* out);
+
+GroupShape group_shape(const Geometry& g);
+int64_t grouped_floats(const GroupShape& shape, const Taps& taps);  // of the packed weight
+// As pack_gemm, of a weight whose groups lie group_stride apart; the view is that of the first.
+bool pack_grouped(const GroupShape& shape, const WeightView& view, int64_t group_stride, const Taps& taps,
+                  float* packed);
+// Convolutions of one x, block after block of it.
+void run_grouped(const GroupShape& shape, const std::vector<GemmConv>& convs);
+void conv_grouped(const Geometry& g, const float* x, const float* packed, const Epilogue& epilogue, float* y);
+void grouped_weight_gradient(const Geometry& g, const float* grad, const float* x, float* out);
 
 }  // namespace fastres

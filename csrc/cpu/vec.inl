@@ -93,6 +93,38 @@ FASTRES_INLINE void store(T* p, vf v, int64_t n) {
   __builtin_memcpy(p, buffer, n * sizeof(T));
 }
 
+// v[from[i]] in each lane i.
+FASTRES_INLINE vf permute(vf v, vi from) {
+#if FASTRES_LEVEL >= 2
+  return (vf)_mm512_permutexvar_ps((__m512i)from, (__m512)v);
+#elif FASTRES_LEVEL == 1
+  return (vf)_mm256_permutevar8x32_ps((__m256)v, (__m256i)from);
+#else
+  vf out;
+  for (int i = 0; i < W; ++i) out[i] = v[from[i]];
+  return out;
+#endif
+}
+// The same where lanes take from their own W / 2 only, which is faster.
+FASTRES_INLINE vf permute_in_halves(vf v, vi from) {
+#if FASTRES_LEVEL == 1
+  return (vf)_mm256_permutevar_ps((__m256)v, (__m256i)from);
+#else
+  return permute(v, from);
+#endif
+}
+FASTRES_INLINE vf gather(const float* p, vi from) {
+#if FASTRES_LEVEL >= 2
+  return (vf)_mm512_i32gather_ps((__m512i)from, p, 4);
+#elif FASTRES_LEVEL == 1
+  return (vf)_mm256_i32gather_ps(p, (__m256i)from, 4);
+#else
+  vf out;
+  for (int i = 0; i < W; ++i) out[i] = p[from[i]];
+  return out;
+#endif
+}
+
 // n is W (a constant, for the body of a loop) or smaller (its tail).
 struct Full {
   static constexpr int64_t n = W;

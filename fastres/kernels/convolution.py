@@ -2,9 +2,10 @@
 
 Methods: an implicit matrix product for every kernel size, stride, padding and dilation; Winograd's F(4x4, 3x3), which
 needs a quarter of the multiplications of a 3x3 convolution and has an error of about 1e-6 (relative L2) instead of
-2e-7; and F(2x2, 3x3), which is as exact as the direct way and has fewer weights to read at small batch sizes.
-`fastres.config.winograd = False` leaves both out. bf16 and fp16 activations are converted to fp32 and back in blocks
-that stay in the cache; products and sums are fp32.
+2e-7; and F(2x2, 3x3), which is as exact as the direct way and has fewer weights to read at small batch sizes;
+a kernel of its own for convolutions in groups, depthwise ones included (float32 only).
+`fastres.config.winograd = False` leaves Winograd's out. bf16 and fp16 activations are converted to fp32 and back in
+blocks that stay in the cache; products and sums are fp32.
 """
 
 from __future__ import annotations
@@ -45,11 +46,16 @@ def why_not(
         return "not channels_last"
     if x.dtype is not torch.float32 and onednn.unavailable() is None and onednn.compute_dtype(x.dtype) is x.dtype:
         return f"oneDNN convolves in {x.dtype} here"
-    return None if method(x, weight, stride, padding, dilation, groups) else "grouped convolution"
+    if groups > 1 and x.dtype is not torch.float32:
+        return f"grouped convolution of {x.dtype} activations"
+    return (
+        None if method(x, weight, stride, padding, dilation, groups) else "oneDNN is faster with groups of this width"
+    )
 
 
 def method(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> int:
-    """Which method serves this shape: 0 none, 1 matrix product, 2 and 3 Winograd with tiles of 4x4 and 2x2."""
+    """Which method serves this shape: 0 none, 1 matrix product, 2 and 3 Winograd with tiles of 4x4 and 2x2,
+    4 convolution in groups."""
     return torch.ops.fastres_cpu.conv_method.default(
         x.shape, weight.shape, stride, padding, dilation, groups, config.winograd
     )
@@ -145,25 +151,28 @@ def convolve_backward(
 ) -> list[Tensor | None]:
     """The gradients of x, weight and bias that are needed, for the gradient of the output."""
     ops, dtype = torch.ops.fastres_cpu, x.dtype
-    served = why_not(x, weight, None, None, *geometry) is None
-    grad = _nhwc(grad.to(dtype)) if served else grad
-    grad_x = grad_weight = grad_bias = None
-    if served and needed[0]:
+    own = [why_not(x, weight, None, None, *geometry) is None and need for need in needed]
+    if any(own):
+        grad = _nhwc(grad.to(dtype))
+    grads: list[Tensor | None] = [None, None, None]
+    if own[0]:
         grad_x = ops.conv_backward_input.default(grad, weight.float(), x.shape, *geometry, config.winograd)
-        served = grad_x.numel() > 0  # none where the weight is not finite
-    if not served:
+        if grad_x.numel():  # none where the weight is not finite, or ATen is faster
+            grads[0] = layout.in_format(grad_x, torch.channels_last).to(dtype)
+    if own[1]:
+        grad_weight = ops.conv_backward_weight.default(grad, _nhwc(x), weight.shape, *geometry, config.winograd)
+        if grad_weight.numel():
+            grads[1] = grad_weight.to(dtype)
+    if own[2]:
+        grads[2] = grad.sum((0, 2, 3)).to(dtype)
+    rest = [need and one is None for need, one in zip(needed, grads, strict=True)]
+    if any(rest):
         stride, padding, dilation, groups = geometry
         bias_sizes = [weight.shape[0]] if has_bias else None
         inputs = (t.to(aten_dtype(dtype)) for t in (grad, x, layout.plain(weight)))
-        grads = torch.ops.aten.convolution_backward(
-            *inputs, bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)
+        found = torch.ops.aten.convolution_backward(
+            *inputs, bias_sizes, stride, padding, dilation, False, [0, 0], groups, rest
         )
-        return [None if g is None else g.to(dtype) for g in grads]
-    if grad_x is not None:
-        grad_x = layout.in_format(grad_x, torch.channels_last)
-    if needed[1]:
-        grad_weight = ops.conv_backward_weight.default(grad, _nhwc(x), weight.shape, *geometry, config.winograd)
-        grad_weight = grad_weight.to(dtype)
-    if needed[2]:
-        grad_bias = grad.sum((0, 2, 3)).to(dtype)
-    return [grad_x, grad_weight, grad_bias]
+        found = [None if g is None else g.to(dtype) for g in found]
+        grads = [mine if mine is not None else theirs for mine, theirs in zip(grads, found, strict=True)]
+    return grads
