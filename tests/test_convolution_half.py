@@ -15,6 +15,7 @@ from fastres.kernels import convolution, onednn
 from fastres.testing import budget, relative_error, unit_roundoff
 
 HALF = [torch.bfloat16, torch.float16]
+UNGROUPED = [conv for conv in SPECIAL if conv.groups == 1]  # of the others, half precision is left to ATen
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,7 @@ def test_gradients_of_the_op_are_exact_but_for_two_roundings(dtype):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("values", BAD_VALUES.values(), ids=BAD_VALUES)
-@pytest.mark.parametrize("conv", SPECIAL, ids=str)
+@pytest.mark.parametrize("conv", UNGROUPED, ids=str)
 def test_values_that_are_not_finite(conv, values, dtype):
     x, weight, bias, residual, grad = halved(conv, dtype)
     bad = spoil(x, values)
@@ -131,7 +132,7 @@ def test_values_that_are_not_finite(conv, values, dtype):
     torch.testing.assert_close(got.float(), want, rtol=2 * unit_roundoff(dtype), atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("conv", SPECIAL, ids=str)
+@pytest.mark.parametrize("conv", UNGROUPED, ids=str)
 def test_fp16_overflows_to_infinity_as_in_eager(conv):
     x, weight, *_ = conv.tensors()
     x = (x * 3e4).half()
