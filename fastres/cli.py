@@ -102,6 +102,7 @@ Examples:
   fastres bench                                            ResNet-18 and -50, inference and training: some minutes
   fastres bench resnet34 --mode infer --batch 1 8 32       latency and throughput of one network
   fastres bench resnet50 --mode train --peers none         only eager and fastres
+  fastres bench resnet20 --mode infer --batch 1            a small network for CIFAR, 32 x 32
   fastres bench resnet50 --checkpoint mine.pth --images photos/ --json out.json --plot out.png
   fastres bench torchvision.models:wide_resnet50_2         any classifier that can be imported""",
     )
@@ -133,7 +134,11 @@ Examples:
     )
     bench.add_argument("--timeout", type=float, default=300.0, metavar="S", help="time for one set-up (default: 300)")
     bench.add_argument(
-        "--size", type=int, default=224, metavar="N", help="height and width of the images (default: 224)"
+        "--size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="height and width of the images (default: the model's, 224 or 32)",
     )
     bench.add_argument(
         "--checkpoint", metavar="FILE", help="weights, .pth or .safetensors (default: seeded, calibrated)"
@@ -154,7 +159,7 @@ def _add_workload(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help=_MODEL)
     command.add_argument("--batch", type=int, default=2, metavar="N", help="images in the batch (default: 2)")
     command.add_argument(
-        "--size", type=int, default=224, metavar="N", help="height and width of the images (default: 224)"
+        "--size", type=int, metavar="N", help="height and width of the images (default: the model's, 224 or 32)"
     )
     command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
     command.add_argument(
@@ -169,14 +174,16 @@ def _workload(options: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, tor
     import torch
 
     from fastres import images as photographs
+    from fastres import models
     from fastres.bench.task import DTYPES, prepared_model
 
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, not {options.dtype}")
-    for what in ("batch", "size"):
-        if getattr(options, what) < 1:
-            raise UserError(f"--{what} must be at least 1, not {getattr(options, what)}")
-    images = photographs.photographs(max(8, options.batch), options.size, folder=options.images)
+    size = models.image_size(options.model) if options.size is None else options.size
+    for what, value in (("batch", options.batch), ("size", size)):
+        if value < 1:
+            raise UserError(f"--{what} must be at least 1, not {value}")
+    images = photographs.photographs(max(8, options.batch), size, folder=options.images)
     model = prepared_model(options.model, images, options.checkpoint)
     return model, images[: options.batch], getattr(torch, options.dtype)
 

@@ -285,6 +285,13 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     )
 
 
+def zero_pad(shortcut: Any, x: Tensor) -> Tensor:
+    """shortcut(x) of a ZeroPadShortcut."""
+    y = shortcut(x)
+    replay.note(lambda x, residual, relu: shortcut(x), x, None, False, y)
+    return y
+
+
 def conv_bn_act(
     conv: nn.Conv2d,
     bn: nn.BatchNorm2d,

@@ -50,7 +50,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def test_list_models_is_complete() -> None:
-    assert models.list_models() == list(PARAMETERS)
+    assert [name for name in models.list_models() if models.image_size(name) == 224] == list(PARAMETERS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -21,6 +21,7 @@ from fastres.bench import machine, stats
 from fastres.bench.table import CONTENDERS, REFERENCE, Entry, Group, Limits, Table, contender_class
 from fastres.bench.task import DTYPES, Task, prepared_model, write_files
 from fastres.errors import UserError
+from fastres.models import image_size
 
 BASELINE = "channels_last"  # the stronger of PyTorch's eager forms, on which speed-ups and break-even are counted
 OURS = "fastres"
@@ -42,7 +43,7 @@ class Options:
     contenders: list[str] = field(default_factory=lambda: list(CONTENDERS))
     rounds: int = 15
     seconds: float = 8.0
-    size: int = 224
+    size: int = 0  # of the images; 0: what each model is made for
     checkpoint: str | None = None
     images: str | None = None
     seed: int = 0
@@ -58,12 +59,13 @@ class Options:
             ("rounds", self.rounds),
             ("seconds", self.seconds),
             ("timeout", self.timeout),
-            ("size", self.size),
         ):
             if value <= 0:
                 raise UserError(f"--{what} must be above zero, not {value}")
         if any(batch < 1 for mode in self.modes for batch in self.batches[mode]):
             raise UserError("--batch must be at least 1")
+        if self.size < 0:
+            raise UserError(f"--size must be above zero, not {self.size}")
         if self.threads < 0:
             raise UserError(f"--threads must be above zero, not {self.threads}")
         if self.dtype not in DTYPES:
@@ -152,10 +154,11 @@ def run(options: Options, say: Say = lambda text, share: None) -> dict[str, Any]
     count = len(options.models) * sum(len(options.batches[mode]) for mode in options.modes)
     most = max(_CALIBRATION_IMAGES, *(batch for mode in options.modes for batch in options.batches[mode]))
     with tempfile.TemporaryDirectory(prefix="fastres-bench-") as root:
-        images = photographs.photographs(most, options.size, folder=options.images, seed=options.seed)
         folders = []
         for model in options.models:  # all before the first is measured: a typing error must not cost minutes
             folders.append(tempfile.mkdtemp(dir=root))
+            size = options.size or image_size(model)
+            images = photographs.photographs(most, size, folder=options.images, seed=options.seed)
             prepared = prepared_model(model, images[:_CALIBRATION_IMAGES], options.checkpoint, options.seed)
             write_files(prepared, images, folders[-1])
         for model, folder in zip(options.models, folders, strict=True):
@@ -185,7 +188,7 @@ def _run_model(model: str, options: Options, folder: str, tell: Callable[[str, i
     }
     names = [name for name in kinds if any(skipped[mode][name] is None for mode in options.modes)]
     exports = sorted({kinds[name].exported_by for name in names} - {""})
-    about = (options.dtype, options.device, options.size, options.threads)
+    about = (options.dtype, options.device, options.size or image_size(model), options.threads)
     tasks = [
         Task(model, mode, batch, *about, folder, exports) for mode in options.modes for batch in options.batches[mode]
     ]

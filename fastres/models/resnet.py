@@ -31,11 +31,11 @@ __all__ = [
 NormLayer = Callable[[int], nn.Module]
 
 
-def _conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, 3, stride, dilation, dilation, groups, bias=False)
 
 
-def _conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
+def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
 
 
@@ -71,10 +71,10 @@ class BasicBlock(nn.Module):
             raise ValueError("BasicBlock only supports groups=1 and base_width=64")
         if dilation > 1:
             raise NotImplementedError("Dilation > 1 not supported in BasicBlock")
-        self.conv1 = _conv3x3(inplanes, planes, stride)
+        self.conv1 = conv3x3(inplanes, planes, stride)
         self.bn1 = norm_layer(planes)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = _conv3x3(planes, planes)
+        self.conv2 = conv3x3(planes, planes)
         self.bn2 = norm_layer(planes)
         self.downsample = downsample
         self.stride = stride
@@ -115,11 +115,11 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         width = int(planes * (base_width / 64.0)) * groups
-        self.conv1 = _conv1x1(inplanes, width)
+        self.conv1 = conv1x1(inplanes, width)
         self.bn1 = norm_layer(width)
-        self.conv2 = _conv3x3(width, width, stride, groups, dilation)
+        self.conv2 = conv3x3(width, width, stride, groups, dilation)
         self.bn2 = norm_layer(width)
-        self.conv3 = _conv1x1(width, planes * self.expansion)
+        self.conv3 = conv1x1(width, planes * self.expansion)
         self.bn3 = norm_layer(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
@@ -186,7 +186,7 @@ class ResNet(nn.Module):
         self.layer4 = self._make_layer(block, 512, layers[3], stride=2, dilate=dilate[2])
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
-        self._initialise(zero_init_residual)
+        initialise_(self, zero_init_residual)
 
     def _make_layer(
         self,
@@ -202,25 +202,13 @@ class ResNet(nn.Module):
         out_planes = planes * block.expansion
         downsample = None
         if stride != 1 or self.inplanes != out_planes:
-            downsample = nn.Sequential(_conv1x1(self.inplanes, out_planes, stride), self._norm_layer(out_planes))
+            downsample = nn.Sequential(conv1x1(self.inplanes, out_planes, stride), self._norm_layer(out_planes))
         width = (self.groups, self.base_width)
         layer = [block(self.inplanes, planes, stride, downsample, *width, first_dilation, self._norm_layer)]
         self.inplanes = out_planes
         for _ in range(1, blocks):
             layer.append(block(out_planes, planes, 1, None, *width, self.dilation, self._norm_layer))
         return nn.Sequential(*layer)
-
-    def _initialise(self, zero_init_residual: bool) -> None:
-        """He initialisation of the convolutions. Norm layers start at weight 1, bias 0 by themselves."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if zero_init_residual:
-            for module in self.modules():
-                if isinstance(module, (BasicBlock, Bottleneck)):
-                    last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-                    if isinstance(last.weight, Tensor):
-                        nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._forward_impl(x)
@@ -234,6 +222,19 @@ class ResNet(nn.Module):
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
         return self.fc(x)
+
+
+def initialise_(model: nn.Module, zero_init_residual: bool) -> None:
+    """He initialisation of the convolutions. Norm layers start at weight 1, bias 0 by themselves."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if zero_init_residual:
+        for module in model.modules():
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                if isinstance(last.weight, Tensor):
+                    nn.init.zeros_(last.weight)
 
 
 def _resnet(block: Any, layers: Sequence[int], num_classes: int, fused: bool, **options: Any) -> ResNet:

@@ -15,6 +15,7 @@ _RESNETS = ("BasicBlock", "Bottleneck", "ResNet")
 #: (module, class) -> (module of the recipe, fused class)
 RECIPES: dict[tuple[str, str], tuple[str, str]] = {
     **{("fastres.models.resnet", name): ("fastres.recipes.models", f"Fused{name}") for name in _RESNETS},
+    ("fastres.models.cifar", "CifarResNet"): ("fastres.recipes.models", "FusedCifarResNet"),
     **{("torchvision.models.resnet", name): ("fastres.recipes.torchvision", f"Fused{name}") for name in _RESNETS},
 }
 

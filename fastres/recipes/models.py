@@ -1,7 +1,8 @@
 """Recipes for fastres.models."""
 
+from fastres.models.cifar import CifarResNet
 from fastres.models.resnet import BasicBlock, Bottleneck, ResNet
-from fastres.recipes.residual import BasicBlockForward, BottleneckForward, StemForward
+from fastres.recipes.residual import BasicBlockForward, BottleneckForward, CifarForward, StemForward
 
 
 class FusedBasicBlock(BasicBlockForward, BasicBlock):
@@ -14,3 +15,7 @@ class FusedBottleneck(BottleneckForward, Bottleneck):
 
 class FusedResNet(StemForward, ResNet):
     """fastres.models' ResNet with a fused stem."""
+
+
+class FusedCifarResNet(CifarForward, CifarResNet):
+    """fastres.models' CifarResNet with a fused stem."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres import sites
+from fastres.models.cifar import ZeroPadShortcut
 
 
 class FusedModule:
@@ -35,6 +36,8 @@ def _shortcut(block: Any, x: Tensor) -> Tensor:
     downsample = block.downsample
     if downsample is None:
         return x
+    if type(downsample) is ZeroPadShortcut:
+        return sites.zero_pad(downsample, x)
     if type(downsample) is nn.Sequential and len(downsample) == 2:
         conv: Any = downsample[0]
         bn: Any = downsample[1]
@@ -101,8 +104,7 @@ class BottleneckForward(FusedModule):
         return _join(conv3, bn3, y, _shortcut(self, x))
 
 
-_FORWARDS = (BasicBlockForward.forward, BottleneckForward.forward)
-_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+_FORWARDS = (BasicBlockForward.forward, BottleneckForward.forward, ZeroPadShortcut.forward)
 
 
 class StemForward(FusedModule):
@@ -114,9 +116,11 @@ class StemForward(FusedModule):
     )
     fused_children = ("bn1", "relu", "maxpool")
     adds = False
+    #: The children whose calls are replayed.
+    parts: ClassVar[tuple[str, ...]] = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 
     def _forward_impl(self: Any, x: Tensor) -> Tensor:
-        x = sites.chain_of_blocks(self, _PARTS, _FORWARDS, x, self._features)
+        x = sites.chain_of_blocks(self, self.parts, _FORWARDS, x, self._features)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def _features(self: Any, x: Tensor) -> Tensor:
@@ -132,3 +136,26 @@ class StemForward(FusedModule):
         if sites.blocked(self, x, bn1=bn, relu=relu, maxpool=maxpool) is None:
             return sites.bn_act_maxpool(bn, maxpool, x, act="relu")
         return maxpool(relu(bn(x)))
+
+
+class CifarForward(StemForward):
+    """The same for small images, whose stem is relu(bn1(conv1(x))), with three stages."""
+
+    forward_method = "forward"
+    forward_names = frozenset(
+        {"conv1", "bn1", "relu", "layer1", "layer2", "layer3", "avgpool", "flatten", "fc", "torch"}
+    )
+    fused_children = ("conv1", "bn1", "relu")
+    parts = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self._forward_impl(x)
+
+    def _features(self: Any, x: Tensor) -> Tensor:
+        return self.layer3(self.layer2(self.layer1(self._stem(x))))
+
+    def _stem(self: Any, x: Tensor) -> Tensor:
+        conv, bn, relu = self.conv1, self.bn1, self.relu
+        if sites.blocked(self, x, conv=conv, bn=bn, relu=relu) is None:
+            return sites.conv_bn_act(conv, bn, x, act="relu")
+        return relu(bn(conv(x)))
