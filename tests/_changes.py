@@ -78,6 +78,11 @@ def one_tap(model):
     conv2(model).weight.data[:, :, 1, 2] *= 3.0
 
 
+def transposed(model):
+    """The same memory, read in another order."""
+    conv2(model).weight.data = conv2(model).weight.data.transpose(0, 1)
+
+
 def shuffled_channels(model):
     conv2(model).weight.data = conv2(model).weight.data.flip(0)
 
@@ -168,6 +173,7 @@ CHANGES = {
     "data_one_input_channel": one_input_channel,
     "data_one_tap": one_tap,
     "data_shuffled_channels": shuffled_channels,
+    "data_transposed": transposed,
     "data_one_running_value": one_running_value,
     "data_one_affine_value": one_affine_value,
     "data_one_value_of_the_shortcut": small_weight_one_value,

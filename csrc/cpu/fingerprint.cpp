@@ -82,6 +82,10 @@ uint64_t fingerprint_of(const Tensor& t) {
   const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
   hash.add(reinterpret_cast<uintptr_t>(data));
   hash.add(static_cast<uint64_t>(bytes));
+  for (int64_t d = 0; d < t.dim(); ++d) {  // `w.data = w.data.mT` changes nothing else
+    hash.add(static_cast<uint64_t>(t.size(d)));
+    hash.add(static_cast<uint64_t>(t.stride(d)));
+  }
   if (bytes > 0 && bytes <= kWhole && gapless(t)) {
     hash.add_memory(data, bytes);
   } else if (bytes > 0) {
