@@ -4,6 +4,9 @@ A fused block asks before every call whether its fast path may run, and whether 
 the model. At batch 1 the answers take a good part of the time. So the second of two like calls is recorded,
 and from then on only what the answers were made from is compared, all blocks at once: every attribute of every module,
 every version counter, one fingerprint of the weights. Anything else than last time, and the blocks run as ever.
+
+The recorded calls are made one by one, or, where all of them are small, by one call of a compiled program, which
+compares the values of small weights with a copy: so their version counters need not be read.
 """
 
 from __future__ import annotations
@@ -13,18 +16,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter, is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
+from fastres.kernels import extension
+from fastres.kernels import program as programs
+
 #: run(x, residual, relu)
 Run = Callable[[Tensor, Tensor | None, bool], Tensor]
 
 _PLAIN: dict[type[nn.Module], Any] = {
-    kind: kind.forward for kind in (nn.Sequential, nn.Identity, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
+    kind: kind.forward
+    for kind in (
+        nn.Sequential,
+        nn.Identity,
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.ReLU,
+        nn.MaxPool2d,
+        nn.AdaptiveAvgPool2d,
+        nn.Linear,
+    )
 }
 _CALL = nn.Module.__call__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -82,30 +97,35 @@ def _recording(x: Tensor) -> Iterator[_Recording]:
 class _Replay:
     """The steps of a recording, and all that they depend on."""
 
-    def __init__(self, owner: nn.Module, modules: list[nn.Module], inputs: Any, recording: _Recording) -> None:
+    def __init__(
+        self, owner: nn.Module, modules: list[nn.Module], inputs: Any, x: Tensor, recording: _Recording
+    ) -> None:
         self.inputs = inputs
         last_use = {i: step for step, (_, *used, _) in enumerate(recording.steps) for i in used if i is not None}
         self.steps = [
             (*step, [i for i, last in last_use.items() if last == number])
             for number, step in enumerate(recording.steps)
         ]
-        # No reference to the owner, whose entry this is. The views show the dictionaries as they are at any time.
-        self.modules, self.types = modules, [type(m) for m in modules]
-        self.forwards = {kind: kind.forward for kind in self.types}
-        self.dicts = [m.__dict__ for m in modules]
+        # No reference to the owner, whose entry this is.
+        self.forwards = [(kind, kind.forward) for kind in {type(m) for m in modules}]
+        dicts = tuple(m.__dict__ for m in modules)
         names = ("_parameters", "_buffers", "_modules", *_HOOKS)
-        self.views: list[Any] = [owner.__dict__.values(), owner._modules.values()]
-        for attributes in self.dicts:
-            self.views += [attributes.values(), *(attributes[name].values() for name in names)]
-        self.attributes = [*chain.from_iterable(self.views), _END]
+        views = [owner.__dict__, owner._modules]
+        for attributes in dicts:
+            views += [attributes, *(attributes[name] for name in names)]
+        expected = tuple(chain.from_iterable(chain.from_iterable(view.items() for view in views)))
+        self.attributes = (tuple(modules), tuple(type(m) for m in modules), dicts, tuple(views), expected)
         self.tensors = [
             t
             for m in modules
             for name, t in (*m._parameters.items(), *m._buffers.items())
             if t is not None and name != "num_batches_tracked"
         ]
-        self.versioned = [t for t in self.tensors if not t.is_inference()]
-        self.versions, self.fingerprint = self._versions(), self._fingerprint()
+        self.program = programs.compiled(x.shape, x.dtype, recording.steps, self.tensors)
+        compared = self.tensors if self.program is None else self.program.sampled
+        self.versioned = [t for t in compared if not t.is_inference()]
+        self.versions = self._versions()
+        self.fingerprint = None if self.program is not None else self._fingerprint()
 
     def _versions(self) -> list[int]:
         return [t._version for t in self.versioned]
@@ -114,17 +134,19 @@ class _Replay:
         return torch.ops.fastres_cpu.fingerprint.default(self.tensors)
 
     def valid(self) -> bool:
+        """Whether nothing has changed but, where there is a program, the values of tensors: those it compares."""
         return (
             nn.Module.__call__ is _CALL
-            and all(map(is_, map(type, self.modules), self.types))
-            and all(kind.forward is forward for kind, forward in self.forwards.items())
-            and all(map(is_, map(attrgetter("__dict__"), self.modules), self.dicts))
-            and all(map(is_, chain(chain.from_iterable(self.views), (_END,)), self.attributes))
+            and all(kind.forward is forward for kind, forward in self.forwards)
+            and extension.same_attributes(*self.attributes)
             and self._versions() == self.versions
-            and self._fingerprint() == self.fingerprint
+            and (self.program is not None or self._fingerprint() == self.fingerprint)
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """None: the blocks have to run."""
+        if self.program is not None:
+            return self.program(x)
         values: list[Any] = [x]
         for run, i, residual, relu, dead in self.steps:
             y = run(values[i], None if residual is None else values[residual], relu)
@@ -160,8 +182,8 @@ def chain_of_blocks(
     """
     known = _replays.get(owner)
     if isinstance(known, _Replay):
-        if known.inputs == inputs and known.valid():
-            return known(x)
+        if known.inputs == inputs and known.valid() and (y := known(x)) is not None:
+            return y
         known = None
     with _recording(x) as recording:
         y = forward(x)
@@ -170,7 +192,7 @@ def chain_of_blocks(
     if again and recording.complete and recording.steps and recording.values[-1]() is y:
         modules = [module for part in parts for module in owner._modules[part].modules()]  # type: ignore[union-attr]
         if nn.Module.__call__ is _CALL and all(_replayable(module, forwards) for module in modules):
-            _replays[owner] = _Replay(owner, modules, inputs, recording)
+            _replays[owner] = _Replay(owner, modules, inputs, x, recording)
     return y
 
 

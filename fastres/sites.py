@@ -18,7 +18,7 @@ from torch.nn.modules import module as nn_module
 
 from fastres import config, folding, functional, replay
 from fastres.kernels import convolution as convolution_kernel
-from fastres.kernels import extension, table
+from fastres.kernels import extension, program, table
 from fastres.ops import registration
 from fastres.ops.bn_act_maxpool import pooled
 
@@ -123,6 +123,8 @@ _ROLES: dict[str, tuple[type[nn.Module], Any]] = {
     "bn": (nn.BatchNorm2d, nn.BatchNorm2d.forward),
     "relu": (nn.ReLU, nn.ReLU.forward),
     "maxpool": (nn.MaxPool2d, nn.MaxPool2d.forward),
+    "avgpool": (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool2d.forward),
+    "fc": (nn.Linear, nn.Linear.forward),
 }
 
 
@@ -288,8 +290,42 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
 def zero_pad(shortcut: Any, x: Tensor) -> Tensor:
     """shortcut(x) of a ZeroPadShortcut."""
     y = shortcut(x)
-    replay.note(lambda x, residual, relu: shortcut(x), x, None, False, y)
+    replay.note(program.ZeroPad(shortcut.channels, shortcut.stride), x, None, False, y)
     return y
+
+
+def plain_classifier(avgpool: Any, fc: Any) -> bool:
+    """Whether fc(flatten(avgpool(x))) is global average pooling and a linear layer, for which fused code may stand."""
+    return (
+        child_blocked("avgpool", avgpool) is None
+        and child_blocked("fc", fc) is None
+        and avgpool.output_size in (1, (1, 1))
+    )
+
+
+def classify(avgpool: nn.Module, fc: Any, x: Tensor) -> Tensor:
+    """fc(flatten(avgpool(x))) of a plain classifier: in inference in one pass, where that is legal."""
+    if not _may_classify(fc, x):
+        return fc(torch.flatten(avgpool(x), 1))
+    run = program.Classify(*folding.conv_tensors(fc))
+    y = run(x)
+    replay.note(run, x, None, False, y)
+    return y
+
+
+def _may_classify(fc: Any, x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not extension.available() or table.setting() is not None:
+        return False
+    if _input_blocked(x) or not x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
+        return False
+    tensors = [t for t in (x, *folding.conv_tensors(fc)) if t is not None]
+    return (
+        all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype is torch.float32 for t in tensors)
+        and all(t.is_contiguous() for t in tensors[1:])
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not registration.autocast_enabled("cpu")
+        and x.shape[1] == fc.weight.shape[1]
+    )
 
 
 def conv_bn_act(

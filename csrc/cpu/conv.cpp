@@ -80,31 +80,31 @@ void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>&
   if (then && parts > 1) then(0, pixels);
 }
 
-// x in fp32 with zeros around it: [images, height + 2 pad_h, width + 2 pad_w, channels].
-void pad(const Geometry& g, const Activation& x, float* out) {
+void pad_rows(const Geometry& g, const Activation& x, float* out, int64_t begin, int64_t end) {
   const ToFloat to_float = to_float_kernel(x.dtype);
   const int64_t height = g.height + 2 * g.pad_h, row = (g.width + 2 * g.pad_w) * g.in_channels,
                 edge = g.pad_w * g.in_channels;
-  torch::stable::parallel_for(0, g.images * height, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      float* to = out + i * row;
-      const int64_t h = i % height - g.pad_h;
-      if (h < 0 || h >= g.height) {
-        std::fill(to, to + row, 0.0f);
-        continue;
-      }
-      std::fill(to, to + edge, 0.0f);
-      const int64_t from = (i / height * g.height + h) * g.width * g.in_channels;
-      to_float(element(x.data, x.dtype, from), g.width * g.in_channels, to + edge);
-      std::fill(to + row - edge, to + row, 0.0f);
+  for (int64_t i = begin; i < end; ++i) {
+    float* to = out + i * row;
+    const int64_t h = i % height - g.pad_h;
+    if (h < 0 || h >= g.height) {
+      std::fill(to, to + row, 0.0f);
+      continue;
     }
-  });
+    std::fill(to, to + edge, 0.0f);
+    const int64_t from = (i / height * g.height + h) * g.width * g.in_channels;
+    to_float(element(x.data, x.dtype, from), g.width * g.in_channels, to + edge);
+    std::fill(to + row - edge, to + row, 0.0f);
+  }
+}
+
+void pad(const Geometry& g, const Activation& x, float* out) {
+  torch::stable::parallel_for(0, g.padded_rows(), 16,
+                              [&](int64_t begin, int64_t end) { pad_rows(g, x, out, begin, end); });
 }
 
 ForwardGemm::ForwardGemm(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, void* y)
-    : taps(forward_taps(g)),
-      copy(g.rows_as_taps() ? g.images * (g.height + 2 * g.pad_h) * (g.width + 2 * g.pad_w) * g.in_channels : 1),
-      zeros(taps.pixels * g.group_in()) {
+    : taps(forward_taps(g)), copy(g.rows_as_taps() ? g.padded_floats() : 1), zeros(taps.pixels * g.group_in()) {
   const bool padded = g.rows_as_taps();
   if (padded) pad(g, x, copy.data());
   conv.images = g.images;
@@ -148,13 +148,13 @@ void conv_gemm(const Geometry& g, const Activation& x, const float* packed, cons
   }
 }
 
-namespace {
-
 bool winograd_fits(const Geometry& g) {
   const int64_t lanes = winograd_kernels(4).lanes;
   return g.kernel_h == 3 && g.kernel_w == 3 && g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 &&
          g.dilation_w == 1 && g.groups == 1 && g.in_channels % lanes == 0 && g.out_channels % lanes == 0;
 }
+
+namespace {
 
 // Returns whether all outputs are finite before the epilogue. If not, an infinity or NaN of x may have reached outputs of its
 // tile that it has no part in, and the caller has to compute them the direct way.

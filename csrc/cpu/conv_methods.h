@@ -59,6 +59,8 @@ struct Geometry {
     out_width = room_w / stride_w + 1;
   }
   int64_t pixels() const { return images * out_height * out_width; }
+  int64_t padded_rows() const { return images * (height + 2 * pad_h); }
+  int64_t padded_floats() const { return padded_rows() * (width + 2 * pad_w) * in_channels; }
   int64_t group_in() const { return in_channels / groups; }
   int64_t group_out() const { return out_channels / groups; }
   // Few input channels: a tap is a row of the kernel, whose pixels lie next to each other in a padded copy of x.
@@ -125,9 +127,12 @@ inline const float* fp32(const Activation& activation) {
 WinogradConv winograd_of(const Geometry& g, int64_t tile, const Activation& x, const float* packed,
                          const Epilogue& epilogue, void* y);
 Method method_of(const Geometry& g, bool winograd);
+bool winograd_fits(const Geometry& g);
 // Both return whether all packed values are finite.
 bool pack_gemm(const WeightView& view, const Taps& taps, float* packed);
 bool pack_winograd(const WeightView& view, int64_t tile, float* packed);
+// x in fp32 with zeros around it: [images, height + 2 pad_h, width + 2 pad_w, channels]; some of its rows, or all.
+void pad_rows(const Geometry& g, const Activation& x, float* out, int64_t begin, int64_t end);
 void pad(const Geometry& g, const Activation& x, float* out);
 
 // The first group of a convolution as a matrix product that writes to y, with what it points to.

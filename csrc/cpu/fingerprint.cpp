@@ -1,8 +1,7 @@
-// fastres_cpu::fingerprint: notices that weights were written to, also by writes that version counters miss (.data, inference
-// tensors). It reads every value of a small tensor, and of a large one samples that touch every output and input channel.
-#include "common.h"
-
+// fastres_cpu::fingerprint: notices that weights were written to, also by writes that version counters miss; see witness.h.
 #include <cstring>
+
+#include "witness.h"
 
 namespace fastres {
 namespace {
@@ -76,6 +75,10 @@ void add_samples(const Tensor& t, Hash* hash) {
   }
 }
 
+bool read_whole(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()) <= kWhole && gapless(t); }
+
+}  // namespace
+
 uint64_t fingerprint_of(const Tensor& t) {
   Hash hash;
   const char* data = static_cast<const char*>(t.const_data_ptr());
@@ -86,13 +89,40 @@ uint64_t fingerprint_of(const Tensor& t) {
     hash.add(static_cast<uint64_t>(t.size(d)));
     hash.add(static_cast<uint64_t>(t.stride(d)));
   }
-  if (bytes > 0 && bytes <= kWhole && gapless(t)) {
+  if (bytes > 0 && read_whole(t)) {
     hash.add_memory(data, bytes);
   } else if (bytes > 0) {
     add_samples(t, &hash);
   }
   return hash.value();
 }
+
+Witness::Witness(const Tensor& t) : tensor_(t), data_(t.const_data_ptr()), dtype_(t.scalar_type()), fingerprint_(0) {
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    layout_.push_back(t.size(d));
+    layout_.push_back(t.stride(d));
+  }
+  if (read_whole(t)) {
+    const char* data = static_cast<const char*>(data_);
+    values_.assign(data, data + t.numel() * static_cast<int64_t>(t.element_size()));
+  } else {
+    fingerprint_ = fingerprint_of(t);
+  }
+}
+
+bool Witness::holds() const {
+  const Tensor& t = tensor_;
+  if (t.const_data_ptr() != data_ || t.scalar_type() != dtype_) return false;
+  const int64_t dims = static_cast<int64_t>(layout_.size()) / 2;
+  if (t.dim() != dims) return false;
+  for (int64_t d = 0; d < dims; ++d) {
+    if (t.size(d) != layout_[2 * d] || t.stride(d) != layout_[2 * d + 1]) return false;
+  }
+  if (values_.empty()) return fingerprint_of(t) == fingerprint_;
+  return std::memcmp(data_, values_.data(), values_.size()) == 0;
+}
+
+namespace {
 
 int64_t fingerprint(const std::vector<Tensor>& tensors) {
   const int64_t count = static_cast<int64_t>(tensors.size());

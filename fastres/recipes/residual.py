@@ -149,10 +149,15 @@ class CifarForward(StemForward):
     parts = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
 
     def forward(self: Any, x: Tensor) -> Tensor:
+        if sites.plain_classifier(self.avgpool, self.fc):
+            return sites.chain_of_blocks(self, (*self.parts, "avgpool", "fc"), _FORWARDS, x, self._logits)
         return self._forward_impl(x)
 
     def _features(self: Any, x: Tensor) -> Tensor:
         return self.layer3(self.layer2(self.layer1(self._stem(x))))
+
+    def _logits(self: Any, x: Tensor) -> Tensor:
+        return sites.classify(self.avgpool, self.fc, self._features(x))
 
     def _stem(self: Any, x: Tensor) -> Tensor:
         conv, bn, relu = self.conv1, self.bn1, self.relu
