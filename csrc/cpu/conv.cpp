@@ -241,13 +241,13 @@ Activation nhwc(const Tensor& t, const char* name) {
 }
 
 // By an estimate of the time, in multiplications for each pair of an input and an output channel. Winograd's transforms cost a fifth
-// more; weights too large for the cache are read from memory on every call, at the price of kRead multiplications a value (both as
-// measured on two cores of Zen 3: 170 GFLOP/s, 25 GB/s).
+// more; weights too large for a core's cache are read from the last one or from memory on every call, at the price of kRead
+// multiplications a value (both as measured on two cores of Zen 3: 170 GFLOP/s, 25 GB/s).
 Method method_of(const Geometry& g, bool winograd) {
   if (g.groups > 1) return grouped_kernels().serves(group_shape(g), g.kernel_h * g.kernel_w) ? kGrouped : kNone;
   if (!winograd || !winograd_fits(g)) return kGemm;
   constexpr double kTransforms = 1.2, kRead = 11;
-  constexpr int64_t kCached = 1 << 19;  // values
+  constexpr int64_t kCached = 1 << 17;  // values
   const auto read = [&](int64_t places) {
     return places * g.in_channels * g.out_channels > kCached ? kRead * places : 0;
   };
