@@ -206,7 +206,7 @@ def off_the_kinks(model: nn.Module, x: Tensor, mode: str | None) -> Tensor:
         smallest.clear()
         with torch.no_grad():
             probe(x)
-        if min(smallest, default=1.0) > 1e-6:
+        if min(smallest, default=1.0) > 4e-6:
             break
         x = x + 1e-3 * torch.randn_like(x)
     return x
