@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres import config, functional, reference, replay
+from fastres import arguments, config, functional, reference, replay
 from fastres.kernels import convolution, extension, table
 from fastres.ops import registration
 
@@ -111,7 +111,7 @@ def folded(
     )
     entry = _entries.get(conv)
     if entry is None or entry.inputs != inputs or entry.made_from != made_from:
-        shape = functional.check_convolution(x, conv.weight, conv.bias, geometry(conv))
+        shape = arguments.check_convolution(x, conv.weight, conv.bias, geometry(conv))
         plan = _plan(conv, x)
         if entry is not None and entry.made_from == made_from and entry.plan == plan:
             entry.inputs, entry.shape = inputs, shape

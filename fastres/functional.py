@@ -13,13 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres import ops
+from fastres import arguments, ops
 from fastres.kernels import table
 from fastres.ops import registration
 from fastres.ops.bn_act_maxpool import pooled
-
-_ACTIVATIONS = {"relu": True, "identity": False}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def bn_act(
@@ -55,12 +52,12 @@ def bn_act(
 
     Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); He et al. 2015 (arXiv 1512.03385), equation 1.
     """
-    relu = _relu(act)
-    _check_input(x)
-    _check_batch_norm(x, x.shape[1], running_mean, running_var, weight, bias, training, eps)
+    relu = arguments.relu(act)
+    arguments.check_input(x)
+    arguments.check_batch_norm(x, x.shape[1], running_mean, running_var, weight, bias, training, eps)
     if training:
-        _check_values_per_channel(x.shape)
-    _check_residual(residual, x.shape, x)
+        arguments.check_values_per_channel(x.shape)
+    arguments.check_residual(residual, x.shape, x)
     y, mean, var, _ = ops.bn_act.call(
         x,
         weight,
@@ -81,9 +78,9 @@ def bn_act(
 
 def add_act(x: Tensor, residual: Tensor, *, act: str = "relu") -> Tensor:
     """act(x + residual) for two tensors [N, C, H, W] of one shape and dtype; the result has x's layout."""
-    relu = _relu(act)
-    _check_input(x)
-    _check_residual(residual, x.shape, x)
+    relu = arguments.relu(act)
+    arguments.check_input(x)
+    arguments.check_residual(residual, x.shape, x)
     return ops.add_act.call(x, residual, relu)
 
 
@@ -111,11 +108,11 @@ def conv_bias_act(
     Returns:
         [N, K, OH, OW], channels_last if x or weight is.
     """
-    relu = _relu(act)
-    _check_input(x)
-    geometry = _geometry(stride, padding, dilation, groups)
-    shape = check_convolution(x, weight, bias, geometry)
-    _check_residual(residual, shape, x)
+    relu = arguments.relu(act)
+    arguments.check_input(x)
+    geometry = arguments.geometry_of(stride, padding, dilation, groups)
+    shape = arguments.check_convolution(x, weight, bias, geometry)
+    arguments.check_residual(residual, shape, x)
     return ops.conv_bias_act.call(x, weight, bias, residual, *geometry, relu)
 
 
@@ -149,14 +146,14 @@ def conv_bn_act(
             and computes it again in backward, bit for bit: its memory is free in between. The result must not be
             written to in a way that autograd does not see (`.data`).
     """
-    relu = _relu(act)
-    _check_input(x)
-    geometry = _geometry(stride, padding, dilation, groups)
-    shape = check_convolution(x, conv_weight, conv_bias, geometry)
-    _check_batch_norm(x, shape[1], running_mean, running_var, weight, bias, training, eps)
+    relu = arguments.relu(act)
+    arguments.check_input(x)
+    geometry = arguments.geometry_of(stride, padding, dilation, groups)
+    shape = arguments.check_convolution(x, conv_weight, conv_bias, geometry)
+    arguments.check_batch_norm(x, shape[1], running_mean, running_var, weight, bias, training, eps)
     if training:
-        _check_values_per_channel(shape)
-    _check_residual(residual, shape, x)
+        arguments.check_values_per_channel(shape)
+    arguments.check_residual(residual, shape, x)
     gradient = _wants_gradient(x, conv_weight, conv_bias, weight, bias, residual)
     if not training and not gradient and x.dtype is torch.float32:
         assert running_mean is not None and running_var is not None
@@ -215,9 +212,9 @@ def bn_act_maxpool(
     Returns:
         [N, C, OH, OW] in x's dtype and layout.
     """
-    relu = _relu(act)
-    _check_input(x)
-    _check_batch_norm(x, x.shape[1], running_mean, running_var, weight, bias, training, eps)
+    relu = arguments.relu(act)
+    arguments.check_input(x)
+    arguments.check_batch_norm(x, x.shape[1], running_mean, running_var, weight, bias, training, eps)
     if not 1 <= kernel_size <= 15 or stride < 1 or -(-kernel_size // stride) > 4:
         raise RuntimeError(f"bn_act_maxpool: unsupported window: kernel_size {kernel_size}, stride {stride}")
     if not 0 <= padding <= kernel_size // 2:
@@ -225,7 +222,7 @@ def bn_act_maxpool(
             f"pad should be at most half of effective kernel size, but got pad={padding}, kernel_size={kernel_size}"
         )
     if training:
-        _check_values_per_channel(x.shape)
+        arguments.check_values_per_channel(x.shape)
     if pooled(x.shape[2], kernel_size, stride, padding) < 1 or pooled(x.shape[3], kernel_size, stride, padding) < 1:
         raise RuntimeError(f"bn_act_maxpool: output size is too small for an input of {tuple(x.shape)}")
     y, mean, var, _ = ops.bn_act_maxpool.call(
@@ -274,133 +271,12 @@ def _algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometr
     )
 
 
-def _relu(act: str) -> bool:
-    if act not in _ACTIVATIONS:
-        raise ValueError(f"act must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {act!r}")
-    return _ACTIVATIONS[act]
-
-
 def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _needs_mask(relu: bool, residual: Tensor | None, *tensors: Tensor | None) -> bool:
     return relu and residual is not None and _wants_gradient(residual, *tensors)
-
-
-def _pair(value: int | Sequence[int], name: str) -> list[int]:
-    if isinstance(value, int):
-        return [value, value]
-    if isinstance(value, str) or len(value) != 2:
-        raise ValueError(f"{name} must be a number or a pair of numbers, got {value!r}")
-    return list(value)
-
-
-def _geometry(
-    stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], groups: int
-) -> tuple:
-    return _pair(stride, "stride"), _pair(padding, "padding"), _pair(dilation, "dilation"), groups
-
-
-def _check_input(x: Tensor) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-    if x.dtype not in _DTYPES:
-        raise NotImplementedError(f'"batch_norm" not implemented for {x.dtype}')
-
-
-def _check_values_per_channel(shape: Sequence[int]) -> None:
-    if shape[0] * shape[2] * shape[3] == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
-
-
-def _check_batch_norm(
-    x: Tensor,
-    channels: int,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    eps: float,
-) -> None:
-    if eps < 0 or (training and eps == 0):
-        rule = "positive during training" if training else "non-negative"
-        raise ValueError(f"batch_norm eps must be {rule}, but got {eps}")
-    if training and (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    names = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, t in names.items():
-        if t is None:
-            if not training and name.startswith("running"):
-                raise RuntimeError(f"{name} must be defined in evaluation mode")
-            continue
-        if t.numel() != channels:
-            raise RuntimeError(f"{name} should contain {channels} elements not {t.numel()}")
-        if t.device != x.device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but x is on {x.device} and {name} on {t.device}"
-            )
-        if not may_normalise(x.dtype, t.dtype):
-            raise RuntimeError(
-                f"mixed dtype: expect {name} to be {x.dtype} or, with a half-precision input, float32; got {t.dtype}"
-            )
-    dtypes = {t.dtype for t in names.values() if t is not None}
-    if len(dtypes) > 1:
-        raise RuntimeError(f"mixed dtype: batch norm's tensors must share one dtype, got {sorted(map(str, dtypes))}")
-
-
-def may_normalise(activation: torch.dtype, parameter: torch.dtype) -> bool:
-    """Batch norm's tensors have the activation's dtype, or are float32 with a half-precision activation (autocast)."""
-    return parameter is activation or (parameter is torch.float32 and activation is not torch.float64)
-
-
-def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> tuple[int, int, int, int]:
-    """The shape of the convolution's output; RuntimeError if the arguments do not fit."""
-    (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), groups = geometry
-    if weight.dim() != 4:
-        raise RuntimeError(f"expected a 4D convolution weight, got {weight.dim()}D")
-    k, c, r, s = weight.shape
-    if min(k, c, r, s) < 1:
-        raise RuntimeError(f"non-empty weight expected, got weight of size {list(weight.shape)}")
-    if x.shape[1] != c * groups or k % groups:
-        raise RuntimeError(
-            f"Given groups={groups}, weight of size {list(weight.shape)}, expected input{list(x.shape)} to have "
-            f"{c * groups} channels, but got {x.shape[1]} channels instead"
-        )
-    cast = registration.autocast_enabled(x.device.type)
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype is not x.dtype and not cast:
-            raise RuntimeError(f"Input type ({x.dtype}) and {name} type ({t.dtype}) should be the same")
-        if t is not None and t.device != x.device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but x is on {x.device} and {name} on {t.device}"
-            )
-    if bias is not None and tuple(bias.shape) != (k,):
-        raise RuntimeError(f"expected bias to be 1-dimensional with {k} elements, got {list(bias.shape)}")
-    if min(stride_h, stride_w) <= 0:
-        raise RuntimeError("non-positive stride is not supported")
-    out_h = (x.shape[2] + 2 * pad_h - dilation_h * (r - 1) - 1) // stride_h + 1
-    out_w = (x.shape[3] + 2 * pad_w - dilation_w * (s - 1) - 1) // stride_w + 1
-    if out_h < 1 or out_w < 1:
-        raise RuntimeError(
-            f"Calculated padded input size per channel: ({x.shape[2] + 2 * pad_h} x {x.shape[3] + 2 * pad_w}). "
-            f"Kernel size: ({r} x {s}). Kernel size can't be greater than actual input size"
-        )
-    return x.shape[0], k, out_h, out_w
-
-
-def _check_residual(residual: Tensor | None, shape: Sequence[int], x: Tensor) -> None:
-    if residual is None:
-        return
-    if tuple(residual.shape) != tuple(shape):
-        raise RuntimeError(f"residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}")
-    if residual.device != x.device:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but x is on {x.device} and residual on {residual.device}"
-        )
-    if residual.dtype is not x.dtype and not registration.autocast_enabled(x.device.type):
-        raise RuntimeError(f"residual must have the input's dtype {x.dtype}, got {residual.dtype}")
 
 
 def _update(

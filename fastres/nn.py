@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres import functional, layout, sites
+from fastres import arguments, functional, layout, sites
 
 __all__ = ["AddAct", "BnAct2d", "ConvBnAct2d"]
 
@@ -29,7 +29,7 @@ class ConvBnAct2d(nn.Module):
         super().__init__()
         if conv.out_channels != bn.num_features:
             raise ValueError(f"conv has {conv.out_channels} output channels, bn {bn.num_features} features")
-        functional._relu(act)
+        arguments.relu(act)
         self.conv, self.bn, self.act = conv, bn, act
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -49,7 +49,7 @@ class BnAct2d(nn.Module):
 
     def __init__(self, bn: nn.BatchNorm2d, act: str = "relu") -> None:
         super().__init__()
-        functional._relu(act)
+        arguments.relu(act)
         self.bn, self.act = bn, act
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -69,7 +69,7 @@ class AddAct(nn.Module):
 
     def __init__(self, act: str = "relu") -> None:
         super().__init__()
-        functional._relu(act)
+        arguments.relu(act)
         self.act = act
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:

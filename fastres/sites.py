@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import config, folding, functional, replay
+from fastres import arguments, config, folding, functional, replay
 from fastres.kernels import convolution as convolution_kernel
 from fastres.kernels import extension, program, table
 from fastres.ops import registration
@@ -170,7 +170,7 @@ def _batch_norm_blocked(bn: nn.BatchNorm2d, x: Tensor) -> str | None:
             return f"a batch-norm tensor is a {type(t).__name__}"
         if t.device != device:
             return f"input on {device}, batch norm on {t.device}"
-        if t.dtype is not dtype and (dtype is not None or not functional.may_normalise(x.dtype, t.dtype)):
+        if t.dtype is not dtype and (dtype is not None or not arguments.may_normalise(x.dtype, t.dtype)):
             return f"input is {x.dtype}, batch norm {t.dtype}"
         dtype = t.dtype
     return None
@@ -347,7 +347,7 @@ def conv_bn_act(
             return y
     geometry = folding.geometry(conv)
     # Its errors come before the batch is counted.
-    shape = functional.check_convolution(x, conv.weight, conv.bias, geometry)
+    shape = arguments.check_convolution(x, conv.weight, conv.bias, geometry)
     if residual is not None and not _fits(residual, shape, x):
         return _add_separately(conv_bn_act(conv, bn, x, act="identity"), residual, act)
     training, momentum, counter = _tracked(bn)

@@ -132,12 +132,12 @@ def test_reference(training):
 
 def ops_of(y):
     """Names of the autograd nodes behind y."""
-    seen, todo = set(), [y.grad_fn]
-    while todo:
-        node = todo.pop()
+    seen, nodes = set(), [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
         if node is not None:
             seen.add(type(node).__name__.removesuffix("Backward"))
-            todo += [n for n, _ in node.next_functions]
+            nodes += [n for n, _ in node.next_functions]
     return seen
 
 
