@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = ("test_convolution_nets.py", "test_convolution_threads.py")
 TESTS = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("test_kernels_cpu*.py", "test_convolution*.py")
+    for pattern in ("test_kernels_cpu*.py", "test_conv*.py", "test_program.py")
     for path in (ROOT / "tests").glob(pattern)
     if path.name not in NETWORKS
 )
