@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -313,3 +315,21 @@ def check_error(
     if same_state:
         assert_same(buffers(fused), buffers(eager))
     return errors[1]
+
+
+def assert_same_in_threads(eager: nn.Module, fused: nn.Module, x: Tensor) -> None:
+    """Inference of the fused model in four Python threads at once, each over eight images in another order."""
+    images = [torch.randn_like(x) for _ in range(8)]
+    start = threading.Barrier(4)
+    with torch.no_grad():
+        want = [eager(image) for image in images]
+
+    def work(k: int) -> list[Tensor]:
+        start.wait()
+        with torch.no_grad():
+            return [fused(images[(k + i) % 8]) for i in range(8)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for k, got in enumerate(pool.map(work, range(4))):
+            for i, y in enumerate(got):
+                torch.testing.assert_close(y, want[(k + i) % 8], rtol=1e-4, atol=1e-4)

@@ -34,6 +34,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import fastres
+from fastres import functional
 from fastres.kernels import convolution
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of switching oneDNN off and on
@@ -109,6 +110,21 @@ def test_strides_of_weights_where_a_size_is_one(shape, groups, dtype):
             NAMES, by_functions(conv, tensors), truths(conv, tensors, "relu"), eager(conv, tensors, "relu"), strict=True
         ):
             assert_close(name, got, truth, witness)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, strides", [((4, 2, 2, 1), (4, 1, 2, 7)), ((4, 2, 1, 2), (4, 1, 7, 2))], ids=str)
+def test_gradients_of_conv_bias_act_for_such_strides(shape, strides, dtype):
+    conv = Conv((2, 4, 6, 6), shape, groups=2)
+    x, weight, bias, residual, grad = (t.to(dtype) for t in conv.tensors())
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.empty_strided(shape, strides, dtype=dtype).copy_(weight).requires_grad_()
+    tensors = x.detach(), weight.detach(), bias, residual, grad
+    y = functional.conv_bias_act(x, weight, bias, residual, groups=2, act="identity")
+    found = y.detach(), *torch.autograd.grad(y, (x, weight), grad)
+    every = found, truths(conv, tensors, "identity"), eager(conv, tensors, "identity")
+    for name, got, truth, witness in zip(NAMES, *every, strict=True):
+        assert_close(name, got, truth, witness)
 
 
 def by_method(conv, method, x, weight, bias=None, residual=None, relu=False):

@@ -2,12 +2,10 @@
 
 import copy
 import gc
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from _compare import image, randomise
+from _compare import assert_same_in_threads, image, randomise
 from torch import nn
 
 import fastres
@@ -189,18 +187,7 @@ def test_moved_between_dictionaries(pair):
 
 def test_threads_of_python(pair):
     eager, model, x = pair
-    images = [torch.randn_like(x) for _ in range(8)]
-    want = [infer(eager, i) for i in images]
-    start = threading.Barrier(4)
-
-    def work(k):
-        start.wait()
-        return [infer(model, images[(k + i) % 8]) for i in range(8)]
-
-    with ThreadPoolExecutor(4) as pool:
-        for k, got in enumerate(pool.map(work, range(4))):
-            for i, y in enumerate(got):
-                torch.testing.assert_close(y, want[(k + i) % 8], rtol=1e-4, atol=1e-4)
+    assert_same_in_threads(eager, model, x)
 
 
 def test_program_goes_with_its_model(pair):

@@ -2,15 +2,13 @@
 
 import copy
 import gc
-import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.utils.prune
 from _changes import CHANGES, conv2
-from _compare import image, network
+from _compare import assert_same_in_threads, image, network
 from torch import nn
 
 import fastres
@@ -296,18 +294,7 @@ def test_keeps_no_activations(pair):
 
 def test_threads(pair):
     eager, fused, x = pair
-    images = [torch.randn_like(x) for _ in range(8)]
-    want = [infer(eager, i) for i in images]
-    start = threading.Barrier(4)
-
-    def work(k):
-        start.wait()
-        return [infer(fused, images[(k + i) % 8]) for i in range(8)]
-
-    with ThreadPoolExecutor(4) as pool:
-        for k, got in enumerate(pool.map(work, range(4))):
-            for i, y in enumerate(got):
-                torch.testing.assert_close(y, want[(k + i) % 8], rtol=1e-4, atol=1e-4)
+    assert_same_in_threads(eager, fused, x)
 
 
 def test_limit_of_packed_weights(pair, monkeypatch):

@@ -24,12 +24,6 @@ using Doubles = std::vector<double>;
 double* doubles_of(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
 float* floats_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-const float* fp32_nhwc(const Tensor& t, const char* name) {
-  const Activation activation = nhwc(t, name);
-  STD_TORCH_CHECK(activation.dtype == 0, name, " must be float32");
-  return static_cast<const float*>(activation.data);
-}
-
 struct Moments {
   Doubles mean, covariance;  // [channels], [channels][channels]
 };
@@ -42,7 +36,7 @@ Moments moments_of(const Tensor& x) {
   const int64_t padded = divide_up(channels, kernels.lanes) * kernels.lanes;
   constexpr int64_t kBlock = 64, kParts = 8;
   const int64_t blocks = divide_up(pixels, kBlock), parts = std::min(blocks, kParts);
-  const float* data = fp32_nhwc(x, "x");
+  const float* data = fp32(nhwc(x, "x"));
   const std::vector<float> near = reference_points(x, true);
   const Doubles point(near.begin(), near.begin() + channels);
   std::vector<Doubles> first(parts), second(parts);
@@ -126,13 +120,17 @@ void product(int64_t rows, const float* values, const WeightView& weight, const 
   conv_gemm(g, {values, 0}, packed.data(), epilogue, out);
 }
 
+Geometry geometry_of(const Tensor& x, const Tensor& weight) {
+  return Geometry({x.size(0), x.size(1), x.size(2), x.size(3)}, {weight.size(0), weight.size(1), 1, 1}, {1, 1}, {0, 0},
+                  {1, 1}, 1);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act(
     const Tensor& x, const Tensor& conv_weight, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& residual,
     bool training, double eps, bool relu, bool save_mask) {
-  const float *data = fp32_nhwc(x, "x"), *rows = rows_of(conv_weight);
-  const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, {conv_weight.size(0), conv_weight.size(1), 1, 1},
-                   {1, 1}, {0, 0}, {1, 1}, 1);
+  const float *data = fp32(nhwc(x, "x")), *rows = rows_of(conv_weight);
+  const Geometry g = geometry_of(x, conv_weight);
   STD_TORCH_CHECK(g.pixels() > 0, "x is empty");
   const int64_t out = g.out_channels, in = g.in_channels;
   Tensor mean = empty_of(x, out, ScalarType::Double), var = empty_of(x, out, ScalarType::Double);
@@ -159,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act(
   const std::vector<float> folded = scaled_rows(rows, scale, in);
   const Scratch packed(gemm_floats(forward_taps(g), in, out));
   pack_gemm({folded.data(), out, in, 1, 1, in, 1, 1, 1}, forward_taps(g), packed.data());
-  const Epilogue epilogue{shift.data(), residual.has_value() ? fp32_nhwc(*residual, "residual") : nullptr, relu};
+  const Epilogue epilogue{shift.data(), residual.has_value() ? fp32(nhwc(*residual, "residual")) : nullptr, relu};
   const ForwardGemm gemm(g, {data, 0}, packed.data(), epilogue, floats_of(y));
   Tensor mask = empty_of(x, save_mask ? g.pixels() * divide_up(out, 8) : 0, ScalarType::Byte);
   if (save_mask) {
@@ -201,13 +199,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward(
     const Tensor& grad_y, const Tensor& x, const Tensor& conv_weight, const OptionalTensor& weight, const Tensor& mean,
     const Tensor& var, const Tensor& x_mean, const Tensor& covariance, const OptionalTensor& mask, bool training,
     double eps, bool need_x, bool need_conv_weight, bool need_affine) {
-  const float *data = fp32_nhwc(x, "x"), *rows = rows_of(conv_weight);
-  const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, {conv_weight.size(0), conv_weight.size(1), 1, 1},
-                   {1, 1}, {0, 0}, {1, 1}, 1);
+  const float *data = fp32(nhwc(x, "x")), *rows = rows_of(conv_weight);
+  const Geometry g = geometry_of(x, conv_weight);
   check_dense(grad_y, true, "grad_y");
-  STD_TORCH_CHECK(grad_y.size(0) == g.images && grad_y.size(1) == g.out_channels && grad_y.size(2) == g.out_height &&
-                      grad_y.size(3) == g.out_width,
-                  "grad_y must have the shape of the output");
+  check_gradient(grad_y, g);
   const int64_t out = g.out_channels, in = g.in_channels;
   const double count = static_cast<double>(g.pixels());
   const double *mu = doubles(mean, out, "mean"), *variance = doubles(var, out, "var");
@@ -222,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act_backward(
 
   Tensor masked = mask.has_value() ? cached_empty_like(grad_y) : empty_of(grad_y, 0, ScalarType::Float);
   const Doubles sum = masked_gradient(grad_y, mask, floats_of(masked));
-  const float* gradient = mask.has_value() ? floats_of(masked) : fp32_nhwc(grad_y, "grad_y");
+  const float* gradient = mask.has_value() ? floats_of(masked) : fp32(nhwc(grad_y, "grad_y"));
 
   // D, with m rounded to float, and then by what the rounding left. P.
   std::vector<float> origin(padded_channels(in));

@@ -141,9 +141,7 @@ Tensor conv_backward_input(const Tensor& grad_y, const Tensor& weight, const std
                    groups);
   STD_TORCH_CHECK(method_of(g, winograd) != kNone, "this grouped convolution is not served");
   const Activation grad = nhwc(grad_y, "grad_y");
-  STD_TORCH_CHECK(grad_y.size(0) == g.images && grad_y.size(1) == g.out_channels && grad_y.size(2) == g.out_height &&
-                      grad_y.size(3) == g.out_width,
-                  "grad_y must have the shape of the output");
+  check_gradient(grad_y, g);
   if (input_left(g)) return cached_empty(0);
   Tensor grad_x = cached_empty(g.images, g.in_channels, g.height, g.width, grad_y.scalar_type(), true);
   void* out = grad_x.mutable_data_ptr();
@@ -266,9 +264,7 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const std::ve
   const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, weight, stride, padding, dilation, groups);
   STD_TORCH_CHECK(method_of(g, winograd) != kNone, "this grouped convolution is not served");
   const Activation grad = nhwc(grad_y, "grad_y"), x_data = nhwc(x, "x");
-  STD_TORCH_CHECK(grad_y.size(0) == g.images && grad_y.size(1) == g.out_channels && grad_y.size(2) == g.out_height &&
-                      grad_y.size(3) == g.out_width,
-                  "grad_y must have the shape of the output");
+  check_gradient(grad_y, g);
   STD_TORCH_CHECK(grad.dtype == x_data.dtype, "grad_y must have the dtype of x");
   if (weight_left(g)) return cached_empty(0);
   Tensor grad_weight = cached_empty(g.out_channels, g.group_in(), g.kernel_h, g.kernel_w, ScalarType::Float, true);

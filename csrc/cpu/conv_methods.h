@@ -123,6 +123,12 @@ inline const float* fp32(const Activation& activation) {
   return static_cast<const float*>(activation.data);
 }
 
+inline void check_gradient(const Tensor& grad_y, const Geometry& g) {
+  STD_TORCH_CHECK(grad_y.size(0) == g.images && grad_y.size(1) == g.out_channels && grad_y.size(2) == g.out_height &&
+                      grad_y.size(3) == g.out_width,
+                  "grad_y must have the shape of the output");
+}
+
 // y and the epilogue's residual have the dtype of x.
 WinogradConv winograd_of(const Geometry& g, int64_t tile, const Activation& x, const float* packed,
                          const Epilogue& epilogue, void* y);

@@ -10,7 +10,7 @@ blocks that stay in the cache; products and sums are fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +76,9 @@ class Packed:
         return self.weight.nbytes
 
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        residual = None if residual is None else _nhwc(residual.to(x.dtype))
+        residual = None if residual is None else layout.like(residual.to(x.dtype), True)
         y = torch.ops.fastres_cpu.conv.default(
-            _nhwc(x), self.weight, self.shape, self.bias, residual, *self.geometry, relu, self.method
+            layout.like(x, True), self.weight, self.shape, self.bias, residual, *self.geometry, relu, self.method
         )
         return layout.in_format(y, torch.channels_last)
 
@@ -92,7 +92,7 @@ class Packed:
 
         def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
             y = torch.ops.fastres_cpu.conv_maxpool.default(
-                _nhwc(x), self.weight, self.shape, self.bias, *geometry, relu, kernel, stride, padding
+                layout.like(x, True), self.weight, self.shape, self.bias, *geometry, relu, kernel, stride, padding
             )
             return layout.in_format(y, torch.channels_last)
 
@@ -120,20 +120,29 @@ def prepare(
     return Packed(packed, bias, list(weight.shape), geometry, kind)
 
 
-def _nhwc(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
 def conv_bias_act(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *options: Any) -> Tensor:
     *geometry, relu = options
     return prepare(x, weight, bias, *geometry)(x, residual, relu)
 
 
-def aten_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which ATen convolves fast: where oneDNN has no half precision, ATen's takes 5 to 30 times as long as
-    fp32 (3x3 of 28x28 maps in NCHW, grouped and depthwise, one thread of Zen 3)."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return onednn.compute_dtype(dtype) if half and onednn.unavailable() is None else dtype
+def _aten_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which ATen convolves x fast: where oneDNN has no half precision, ATen's takes 5 to 30 times as long
+    as fp32 (3x3 of 28x28 maps in NCHW, grouped and depthwise, one thread of Zen 3)."""
+    half = x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
+    return onednn.compute_dtype(x.dtype) if half and onednn.unavailable() is None else x.dtype
+
+
+def aten_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, geometry: tuple[Any, ...], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """ATen's gradients of x, weight and bias, those that are needed; geometry: stride, padding, dilation, groups."""
+    stride, padding, dilation, groups = geometry
+    sizes = [weight.shape[0]] if has_bias else None
+    inputs = (t.to(_aten_dtype(x)) for t in (grad, x, layout.plain(weight)))
+    grads = torch.ops.aten.convolution_backward(
+        *inputs, sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)
+    )
+    return [None if g is None else g.to(x.dtype) for g in grads]
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
@@ -141,7 +150,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any
     if why_not(x, weight, bias, None, *geometry) is None:
         return conv_bias_act(x, weight, bias, None, *geometry, False)
     stride, padding, dilation, groups = geometry
-    inputs = (None if t is None else t.to(aten_dtype(x.dtype)) for t in (x, layout.plain(weight), bias))
+    inputs = (None if t is None else t.to(_aten_dtype(x)) for t in (x, layout.plain(weight), bias))
     y = torch.ops.aten.convolution(*inputs, stride, padding, dilation, False, [0, 0], groups)
     return layout.in_format(y.to(x.dtype), reference.conv_format(x, weight))
 
@@ -153,26 +162,22 @@ def convolve_backward(
     ops, dtype = torch.ops.fastres_cpu, x.dtype
     own = [why_not(x, weight, None, None, *geometry) is None and need for need in needed]
     if any(own):
-        grad = _nhwc(grad.to(dtype))
+        grad = layout.like(grad.to(dtype), True)
     grads: list[Tensor | None] = [None, None, None]
     if own[0]:
         grad_x = ops.conv_backward_input.default(grad, weight.float(), x.shape, *geometry, config.winograd)
         if grad_x.numel():  # none where the weight is not finite, or ATen is faster
             grads[0] = layout.in_format(grad_x, torch.channels_last).to(dtype)
     if own[1]:
-        grad_weight = ops.conv_backward_weight.default(grad, _nhwc(x), weight.shape, *geometry, config.winograd)
+        grad_weight = ops.conv_backward_weight.default(
+            grad, layout.like(x, True), weight.shape, *geometry, config.winograd
+        )
         if grad_weight.numel():
             grads[1] = grad_weight.to(dtype)
     if own[2]:
         grads[2] = grad.sum((0, 2, 3)).to(dtype)
     rest = [need and one is None for need, one in zip(needed, grads, strict=True)]
     if any(rest):
-        stride, padding, dilation, groups = geometry
-        bias_sizes = [weight.shape[0]] if has_bias else None
-        inputs = (t.to(aten_dtype(dtype)) for t in (grad, x, layout.plain(weight)))
-        found = torch.ops.aten.convolution_backward(
-            *inputs, bias_sizes, stride, padding, dilation, False, [0, 0], groups, rest
-        )
-        found = [None if g is None else g.to(dtype) for g in found]
+        found = aten_backward(grad, x, weight, has_bias, geometry, rest)
         grads = [mine if mine is not None else theirs for mine, theirs in zip(grads, found, strict=True)]
     return grads

@@ -185,10 +185,6 @@ def conv_bn_act_backward(
     return (*(x.new_empty(0) if g is None else g for g in grads), grad_weight, grad_bias, grad_residual)
 
 
-def _nhwc(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
 def conv1x1_bn_act(
     x: Tensor,
     conv_weight: Tensor,
@@ -201,9 +197,17 @@ def conv1x1_bn_act(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     mean, var = (None, None) if training else (_double(mean), _double(var))
-    residual = None if residual is None else _nhwc(residual)
+    residual = None if residual is None else layout.like(residual, True)
     y, *rest = torch.ops.fastres_cpu.conv1x1_bn_act.default(
-        _nhwc(x), conv_weight.contiguous(), _float(weight), _float(bias), mean, var, residual, training, *options
+        layout.like(x, True),
+        conv_weight.contiguous(),
+        _float(weight),
+        _float(bias),
+        mean,
+        var,
+        residual,
+        training,
+        *options,
     )
     return layout.in_format(y, torch.channels_last), *rest
 
@@ -222,8 +226,8 @@ def conv1x1_bn_act_backward(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     grad_x, grad_conv_weight, grad_weight, grad_bias, masked = torch.ops.fastres_cpu.conv1x1_bn_act_backward.default(
-        _nhwc(grad_y),
-        _nhwc(x),
+        layout.like(grad_y, True),
+        layout.like(x, True),
         conv_weight.contiguous(),
         _float(weight),
         mean,

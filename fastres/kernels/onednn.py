@@ -88,8 +88,7 @@ def conv_bias_act(
     weight = weight if weight.is_mkldnn else layout.plain(weight.to(dtype))
     bias = None if bias is None else bias.to(dtype)
     geometry = (padding, stride, dilation, groups)
-    added = residual is not None and residual.shape[2:] != (1, 1)  # in PyTorch 2.11 it cannot add to maps of one pixel
-    if residual is None or not added:
+    if residual is None or residual.shape[2:] == (1, 1):  # in PyTorch 2.11 it cannot add to maps of one pixel
         y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *geometry, "none", [], "")
         y = y if residual is None else y.add_(residual)
     else:

@@ -38,7 +38,7 @@ class Classify:
     bias: Tensor | None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        return torch.ops.fastres_cpu.classify.default(_nhwc(x), self.weight, self.bias)
+        return torch.ops.fastres_cpu.classify.default(layout.like(x, True), self.weight, self.bias)
 
 
 class Program:
@@ -56,7 +56,7 @@ class Program:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The result of the last step; None if one of the sources is not what it was, or a value is not finite."""
-        y = self.run(self.number, _nhwc(x))
+        y = self.run(self.number, layout.like(x, True))
         if not y.numel():
             return None
         return layout.in_format(y, torch.channels_last) if y.dim() == 4 else y
@@ -86,7 +86,3 @@ def compiled(shape: torch.Size, dtype: torch.dtype, steps: Iterable[Step], sourc
             return None
     program.sampled = [sources[i] for i in ops.program_finish.default(program.number, sources)]
     return program
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ from fastres.ops import (
     conv_bias_act,
     conv_bn_act,
     flops,
+    recompute,
     update_running_stats,
 )
 
@@ -20,5 +21,6 @@ __all__ = [
     "conv_bias_act",
     "conv_bn_act",
     "flops",
+    "recompute",
     "update_running_stats",
 ]

@@ -39,20 +39,6 @@ op = registration.define(
 )
 
 
-def convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, geometry: tuple[Any, ...], needed: tuple[bool, bool, bool]
-) -> tuple[Any, ...]:
-    """Gradients of x, weight and bias of a convolution; geometry is (stride, padding, dilation, groups)."""
-    stride, padding, dilation, groups = geometry
-    bias_sizes = [weight.shape[0]] if has_bias else None
-    dtype = convolution.aten_dtype(x.dtype) if x.is_cpu else x.dtype
-    grads = torch.ops.aten.convolution_backward(
-        *(t.to(dtype) for t in (grad, x, weight)),
-        *(bias_sizes, stride, padding, dilation, False, [0, 0], groups, list(needed)),
-    )
-    return tuple(None if g is None else g.to(x.dtype) for g in grads)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, _, *ctx.geometry, ctx.relu = inputs
     ctx.has_bias = bias is not None
@@ -65,7 +51,9 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     g = grad_y if y is None else torch.where(y <= 0, 0.0, grad_y)
     needed = (need_x, need_weight, need_bias)
     grads = (
-        convolution_backward(g, x, weight, ctx.has_bias, tuple(ctx.geometry), needed) if any(needed) else (None,) * 3
+        convolution.aten_backward(g, x, weight, ctx.has_bias, tuple(ctx.geometry), needed)
+        if any(needed)
+        else (None,) * 3
     )
     return (
         *(grad if need else None for grad, need in zip(grads, needed, strict=True)),

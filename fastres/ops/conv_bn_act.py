@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastres import layout, reference
+from fastres.kernels import convolution
 from fastres.ops import bn_act, recompute, registration
-from fastres.ops.conv_bias_act import convolution_backward
 
 
 def _fake(
@@ -72,7 +72,7 @@ def _fake_backward(
     empty = x.new_empty(0)
     if not need_raw:
         return empty, empty.clone(), empty.clone(), grad_weight, grad_bias, grad_residual
-    grads = convolution_backward(
+    grads = convolution.aten_backward(
         grad_raw,
         x,
         conv_weight,
