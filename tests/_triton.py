@@ -1,0 +1,89 @@
+"""Triton kernels without a GPU: run by Triton's interpreter on CPU tensors, bit patterns of bfloat16 understood.
+
+The stock interpreter (3.6 to 3.9) truncates where it should round to bfloat16, multiplies bfloat16's bit patterns in
+tl.dot, and leaves triton.language patched, after which nothing can be compiled in that process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+from fastres.kernels.triton import launch as launching
+
+
+def _to_float(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16  # to nearest even
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded.astype(np.uint16))
+
+
+_Builder: Any = interpreter.InterpreterBuilder
+_cast_impl, _create_fp_to_fp, _create_dot = _Builder.cast_impl, _Builder.create_fp_to_fp, _Builder.create_dot
+
+
+def _cast(self: Any, src: Any, dst_type: Any) -> Any:
+    source, target = src.dtype.scalar, dst_type.scalar
+    if source == target:
+        return src
+    if source == tl.bfloat16:
+        value = interpreter.TensorHandle(_to_float(src.data), tl.float32)
+        return value if target == tl.float32 else _cast_impl(self, value, dst_type)
+    if target == tl.bfloat16:
+        return interpreter.TensorHandle(_to_bfloat16(src.data.astype(np.float32)), target)
+    return _cast_impl(self, src, dst_type)
+
+
+def _fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+    if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
+        return _cast(self, src, dst_type)
+    return _create_fp_to_fp(self, src, dst_type, rounding_mode)
+
+
+def _dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    a, b = (
+        interpreter.TensorHandle(_to_float(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)
+    )
+    return _create_dot(self, a, b, *rest)
+
+
+@functools.cache
+def _interpreted(function: Callable[..., Any]) -> Any:
+    return interpreter.InterpretedFunction(function)
+
+
+def _call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+    """A @triton.jit function that an interpreted one calls."""
+    function = _interpreted(self.fn)
+    scope = interpreter._patch_lang(function.fn)
+    try:
+        return function.rewrite()(*args, **kwargs)
+    finally:
+        scope.restore()
+
+
+def _interpret(kernel: Any, grid: tuple[int, ...], options: dict[str, int], arguments: dict[str, Any]) -> None:
+    _interpreted(kernel.fn)[grid](**arguments)
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """All launches in this context are interpreted."""
+    with pytest.MonkeyPatch.context() as patched, launching.launching(_interpret):
+        patched.setattr(_Builder, "cast_impl", _cast)
+        patched.setattr(_Builder, "create_fp_to_fp", _fp_to_fp)
+        patched.setattr(_Builder, "create_dot", _dot)
+        patched.setattr(JITFunction, "__call__", _call, raising=False)
+        yield
