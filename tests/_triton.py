@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
+import fastres
+from fastres.kernels import table
 from fastres.kernels.triton import launch as launching
 
 
@@ -59,6 +62,17 @@ def _dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
     return _create_dot(self, a, b, *rest)
 
 
+def _sum(self: Any, values: Any) -> Any:
+    """In a tree, as a GPU adds; numpy would add rows one after the other, with many times the error."""
+    data = values.handle.data
+    if self.axis is not None:
+        data = np.ascontiguousarray(np.moveaxis(data, self.axis, -1))
+    total = data.sum(axis=None if self.axis is None else -1, keepdims=self.keep_dims and self.axis is None)
+    if self.keep_dims and self.axis is not None:
+        total = np.expand_dims(total, self.axis)
+    return self.to_tensor(total, values.dtype)
+
+
 @functools.cache
 def _interpreted(function: Callable[..., Any]) -> Any:
     return interpreter.InterpretedFunction(function)
@@ -85,5 +99,22 @@ def interpreting() -> Iterator[None]:
         patched.setattr(_Builder, "cast_impl", _cast)
         patched.setattr(_Builder, "create_fp_to_fp", _fp_to_fp)
         patched.setattr(_Builder, "create_dot", _dot)
+        patched.setattr(interpreter.ReduceOps, "sum", _sum)
         patched.setattr(JITFunction, "__call__", _call, raising=False)
         yield
+
+
+@contextmanager
+def triton_kernels() -> Iterator[None]:
+    """Triton's kernels serve in this context, and no others: on the GPU, which is then where tensors are made, or
+    interpreted."""
+    with pytest.MonkeyPatch.context() as patched, fastres.use_kernels("triton"):
+        if torch.cuda.is_available():
+            with torch.device("cuda"):
+                yield
+            return
+        for (op, device_type), row in [*table.TABLE.items()]:
+            if device_type == "cuda":
+                patched.setitem(table.TABLE, (op, "cpu"), row)
+        with interpreting():
+            yield

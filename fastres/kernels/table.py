@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastres import reference
-from fastres.kernels import convolution, cpu, onednn
+from fastres.kernels import convolution, cpu, onednn, triton
 
 
 class PackedConvolution(Protocol):
@@ -54,6 +54,10 @@ def _cpu(op: str) -> Kernel:
     return Kernel("cpu", getattr(cpu, op), cpu.unavailable, cpu.why_not)
 
 
+def _triton(op: str, module: str, why_not: Callable[..., str | None] = triton.why_not) -> Kernel:
+    return Kernel("triton", triton.kernel(module, op), triton.unavailable, why_not)
+
+
 _BATCH_NORM_OPS = (
     "bn_act",
     "bn_act_backward",
@@ -87,6 +91,28 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         Kernel("onednn", onednn.conv_bias_act, onednn.unavailable, onednn.why_not, onednn.prepare),
         _reference("conv_bias_act"),
     ],
+    **{
+        (op, "cuda"): [_triton(op, module), _reference(op)]
+        for module, ops in (
+            ("batch_norm", ("bn_act", "bn_act_backward")),
+            ("elementwise", ("add_act", "add_act_backward")),
+            ("pool", ("bn_act_maxpool", "bn_act_maxpool_backward")),
+            ("convolution_ops", ("conv_bias_act",)),
+        )
+        for op in ops
+    },
+    ("conv_bn_act", "cuda"): [
+        _triton("conv_bn_act", "convolution_ops", triton.conv_bn_act_why_not),
+        _reference("conv_bn_act"),
+    ],
+    ("conv_bn_act_backward", "cuda"): [
+        _triton("conv_bn_act_backward", "convolution_ops", triton.conv_bn_act_backward_why_not),
+        _reference("conv_bn_act_backward"),
+    ],
+    ("update_running_stats_", "cuda"): [
+        _triton("update_running_stats_", "statistics", triton.update_running_stats_why_not),
+        _reference("update_running_stats_"),
+    ],
 }
 OPS = (
     *_BATCH_NORM_OPS,
@@ -104,7 +130,7 @@ _forced: tuple[str, ...] | None = None
 def kernels(op: str, device_type: str) -> list[Kernel]:
     """The kernels of `op` on a device type, best first; only the forced ones inside `use_kernels`."""
     found = TABLE.get((op, device_type)) or [_reference(op)]
-    if _forced is None or op == "update_running_stats_":  # a few values a channel: has no other kernel
+    if _forced is None or op == "update_running_stats_":  # a few values a channel: not worth forcing
         return found
     return [kernel for kernel in found if kernel.name in _forced]
 
@@ -156,7 +182,7 @@ def use_kernels(*names: str) -> Iterator[None]:
     """Only the named kernels serve inside the `with` block, in the whole process: for tests and benchmarks.
 
     Args:
-        names: "reference", "cpu", "onednn"; in the table's order of preference, whatever the order here.
+        names: "reference", "cpu", "onednn", "triton"; in the table's order of preference, whatever the order here.
 
     Raises:
         ValueError: for a name that no kernel has.

@@ -10,10 +10,16 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
+from fastres.kernels.cpu import conv_bn_act_backward_why_not, conv_bn_act_why_not, why_not
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = [
+    "conv_bn_act_backward_why_not",
+    "conv_bn_act_why_not",
+    "kernel",
+    "unavailable",
+    "update_running_stats_why_not",
+    "why_not",
+]
 
 
 @functools.cache
@@ -26,10 +32,9 @@ def unavailable() -> str | None:
     return None
 
 
-def why_not(x: Tensor, *args: Any) -> str | None:
-    if x.dtype not in _DTYPES:
-        return f"{x.dtype} activations"
-    return "empty batch" if x.numel() == 0 else None
+def update_running_stats_why_not(*args: Any) -> str | None:
+    vectors = [t for t in args[:4] if not t.is_contiguous()]
+    return "running statistics with gaps between them" if vectors else None
 
 
 def kernel(module: str, op: str) -> Callable[..., Any]:

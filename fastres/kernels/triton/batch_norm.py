@@ -1,9 +1,6 @@
 """bn_act and its backward in Triton. Formulas: fastres/reference.py.
 
-Statistics take two levels in a fixed order, without atomics, so results repeat bit for bit: every program sums x - k
-and (x - k)^2 of its rows in fp32, where k is the mean of its first tile (sums around a point near the mean do not
-cancel); then a program for a few channels combines the partial means and squares in float64 (Chan, Golub and LeVeque
-1983).
+Sums take two levels in a fixed order, without atomics: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +14,8 @@ from torch import Tensor
 
 from fastres import layout
 from fastres.kernels.triton.launch import launch
-from fastres.kernels.triton.tiles import NUM_WARPS, Rows, in_image, load_mask, rows_of, store_mask, tile
+from fastres.kernels.triton.statistics import COMBINE, combine_grid, moments
+from fastres.kernels.triton.tiles import NUM_WARPS, Rows, load_mask, rows_of, store_mask, tile
 
 #: Where the gradient of a ReLU comes from: there is none, its input is computed again from x, or a mask.
 NO_RELU, RECOMPUTED, MASKED = 0, 1, 2
@@ -45,76 +43,6 @@ def coefficients(mean, var, weight, bias, channel, exists, eps):
 def normalise(x, mean, scale, shift):
     """(x - mean) * scale + shift of a tile: the same bits in forward and in backward."""
     return tl.fma(x.to(tl.float32) - mean[None, :], tl.broadcast_to(scale[None, :], x.shape), shift[None, :])
-
-
-@triton.jit
-def statistics_kernel(
-    x,
-    partial,  # fp32 [4, programs, channels]: k, mean - k, the sum of squares around the mean, the number of values
-    rows,
-    pixels,
-    channels,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    row = program.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    offset, exists, _, _ = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
-    values = tl.load(x + offset, exists, other=0.0).to(tl.float32)
-    present = in_image(row, rows, pixels, CHANNELS_LAST).to(tl.float32)
-    k = tl.sum(values, axis=0) / tl.maximum(tl.sum(present), 1.0)
-    k = tl.where(tl.abs(k) < float("inf"), k, 0.0)  # if it is not finite, the sums will say so
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    squares = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    count = tl.zeros((BLOCK_ROWS,), tl.float32)
-    for first in range(program * BLOCK_ROWS, rows, programs * BLOCK_ROWS):
-        row = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_ROWS)
-        offset, exists, _, _ = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
-        distance = tl.load(x + offset, exists, other=0.0).to(tl.float32) - k[None, :]
-        distance = tl.where(exists, distance, 0.0)
-        sums += distance
-        squares += distance * distance
-        count += in_image(row, rows, pixels, CHANNELS_LAST).to(tl.float32)
-    n, total = tl.sum(count), tl.sum(sums, axis=0)
-    mean = total / tl.maximum(n, 1.0)
-    place = partial + program.to(tl.int64) * channels + channel
-    plane = programs.to(tl.int64) * channels
-    tl.store(place, k, channel < channels)
-    tl.store(place + plane, mean, channel < channels)
-    tl.store(place + 2 * plane, tl.sum(squares, axis=0) - total * mean, channel < channels)
-    tl.store(place + 3 * plane, tl.zeros_like(k) + n, channel < channels)
-
-
-@triton.jit
-def combine_statistics_kernel(
-    partial, mean, var, programs, channels, count, BLOCK_PROGRAMS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
-):
-    """Mean and biased variance in float64, of partial means and squares."""
-    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    plane = tl.cast(programs, tl.int64) * channels
-    total = tl.zeros((BLOCK_PROGRAMS, BLOCK_CHANNELS), tl.float64)
-    for first in range(0, programs, BLOCK_PROGRAMS):
-        program = first + tl.arange(0, BLOCK_PROGRAMS)
-        exists = (program < programs)[:, None] & (channel < channels)[None, :]
-        place = partial + program[:, None] * channels + channel[None, :]
-        n = tl.load(place + 3 * plane, exists, other=0.0).to(tl.float64)
-        k = tl.load(place, exists, other=0.0).to(tl.float64)
-        total += n * (k + tl.load(place + plane, exists, other=0.0).to(tl.float64))
-    middle = tl.sum(total, axis=0) / count
-    total = tl.zeros((BLOCK_PROGRAMS, BLOCK_CHANNELS), tl.float64)
-    for first in range(0, programs, BLOCK_PROGRAMS):
-        program = first + tl.arange(0, BLOCK_PROGRAMS)
-        exists = (program < programs)[:, None] & (channel < channels)[None, :]
-        place = partial + program[:, None] * channels + channel[None, :]
-        n = tl.load(place + 3 * plane, exists, other=0.0).to(tl.float64)
-        k = tl.load(place, exists, other=0.0).to(tl.float64)
-        distance = k + tl.load(place + plane, exists, other=0.0).to(tl.float64) - middle[None, :]
-        squares = tl.load(place + 2 * plane, exists, other=0.0).to(tl.float64)
-        total += tl.where(exists, squares + n * distance * distance, 0.0)
-    tl.store(mean + channel, middle, channel < channels)
-    tl.store(var + channel, tl.sum(total, axis=0) / count, channel < channels)
 
 
 @triton.jit
@@ -212,7 +140,7 @@ def combine_gradient_kernel(
     weight,
     grad_weight,
     grad_bias,
-    factors,  # fp32 [3, channels]: grad_x = factors[0] * g + factors[1] * (x - mean) + factors[2]
+    factors,  # fp32 [3, channels]: grad_x = factors[0] * (g - factors[1] - factors[2] * (x - mean))
     eps,
     programs,
     channels,
@@ -243,11 +171,11 @@ def combine_gradient_kernel(
     if factors is not None:
         slope, constant = tl.zeros_like(total), tl.zeros_like(total)
         if TRAINING:
-            slope = -scale * inverse * inverse * product / count
-            constant = -scale * total / count + slope * left_out
+            slope = inverse * inverse * product / count
+            constant = total / count + slope * left_out
         tl.store(factors + channel, scale, inside)
-        tl.store(factors + channels + channel, slope.to(tl.float32), inside)
-        tl.store(factors + 2 * channels + channel, constant.to(tl.float32), inside)
+        tl.store(factors + channels + channel, constant.to(tl.float32), inside)
+        tl.store(factors + 2 * channels + channel, slope.to(tl.float32), inside)
 
 
 @triton.jit
@@ -277,8 +205,8 @@ def apply_gradient_kernel(
     inside = channel < channels
     near, scale, shift, _ = coefficients(mean, var, weight, bias, channel, inside, eps)
     factor = tl.load(factors + channel, inside, other=0.0)[None, :]
-    slope = tl.load(factors + channels + channel, inside, other=0.0)[None, :]
-    constant = tl.load(factors + 2 * channels + channel, inside, other=0.0)[None, :]
+    constant = tl.load(factors + channels + channel, inside, other=0.0)[None, :]
+    slope = tl.load(factors + 2 * channels + channel, inside, other=0.0)[None, :]
     tiles = tl.cdiv(rows, BLOCK_ROWS)
     for turn in range(program, tiles, programs):
         row = tl.cast(tiles - 1 - turn, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -287,62 +215,15 @@ def apply_gradient_kernel(
         values = g
         if TRAINING or RELU == 1:
             values = tl.load(x + offset, exists, other=0.0).to(tl.float32)
-        g = behind_relu(g, values, mask, near, scale, shift, exists, byte, bit, RELU) * factor
+        g = behind_relu(g, values, mask, near, scale, shift, exists, byte, bit, RELU)
         if TRAINING:
-            g += slope * (values - near[None, :]) + constant
-        tl.store(grad_x + offset, g.to(grad_x.dtype.element_ty), exists)
-
-
-@triton.jit
-def update_running_stats_kernel(
-    running_mean, running_var, mean, var, num_batches_tracked, momentum, count, channels, BLOCK: tl.constexpr
-):
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < channels
-    factor = tl.cast(momentum, tl.float64)
-    if num_batches_tracked is not None:
-        factor = 1.0 / tl.load(num_batches_tracked).to(tl.float64)
-    size = tl.cast(count, tl.float64)
-    unbiased = tl.load(var + channel, inside, other=0.0) * (size / tl.maximum(size - 1.0, 1.0))
-    old = tl.load(running_mean + channel, inside, other=0.0).to(tl.float64)
-    new = old * (1.0 - factor) + tl.load(mean + channel, inside, other=0.0) * factor
-    tl.store(running_mean + channel, new.to(running_mean.dtype.element_ty), inside)
-    old = tl.load(running_var + channel, inside, other=0.0).to(tl.float64)
-    new = old * (1.0 - factor) + unbiased * factor
-    tl.store(running_var + channel, new.to(running_var.dtype.element_ty), inside)
-
-
-#: Of the kernels that combine what programs left: a few channels each, so that many of them run.
-_COMBINE = {"BLOCK_PROGRAMS": 128, "BLOCK_CHANNELS": 8}
-
-
-def _combine_grid(channels: int) -> tuple[int]:
-    return (triton.cdiv(channels, _COMBINE["BLOCK_CHANNELS"]),)
+            g = (g - constant) - slope * (values - near[None, :])
+        tl.store(grad_x + offset, (g * factor).to(grad_x.dtype.element_ty), exists)
 
 
 def vector(t: Tensor | None) -> Tensor | None:
     """A per-channel tensor as kernels read it."""
     return None if t is None else t.contiguous()
-
-
-def statistics(x: Tensor, cut: Rows) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of a dense x over N, H, W: float64 [C]."""
-    c = cut.channels
-    partial = torch.empty((4, cut.programs, c), dtype=torch.float32, device=x.device)
-    mean, var = (torch.empty(c, dtype=torch.float64, device=x.device) for _ in range(2))
-    launch(statistics_kernel, cut.grid, num_warps=NUM_WARPS, x=x, partial=partial, **cut.arguments())
-    launch(
-        combine_statistics_kernel,
-        _combine_grid(c),
-        partial=partial,
-        mean=mean,
-        var=var,
-        programs=cut.programs,
-        channels=c,
-        count=cut.count,
-        **_COMBINE,
-    )
-    return mean, var
 
 
 def bn_act(
@@ -359,11 +240,7 @@ def bn_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = layout.dense(x)
     cut = rows_of(x)
-    if training:
-        mean, var = statistics(x, cut)
-    else:
-        assert running_mean is not None and running_var is not None
-        mean, var = (t.to(torch.float64, copy=True).contiguous() for t in (running_mean, running_var))
+    mean, var = moments(x, cut, running_mean, running_var, training)
     y = torch.empty_like(x)
     mask = torch.empty(layout.mask_bytes(x) if save_mask else 0, dtype=torch.uint8, device=x.device)
     launch(
@@ -385,63 +262,30 @@ def bn_act(
     return y, mean, var, mask
 
 
-def gradients(
-    cut: Rows,
-    tensors: dict[str, Any],
-    training: bool,
-    relu: int,
-    need_x: bool,
-    need_affine: bool,
-    masked: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_x, grad_weight, grad_bias; empty where not needed. tensors: grad, x, mask, mean, var, weight, bias, eps."""
-    x, c = tensors["x"], cut.channels
+def combine_gradient(
+    partial: Tensor, cut: Rows, tensors: dict[str, Any], training: bool, need_x: bool, need_affine: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """grad_weight and grad_bias (empty where not needed), and the factors of grad_x."""
+    c, device = cut.channels, partial.device
     grad_weight, grad_bias = (
-        torch.empty(c if need_affine else 0, dtype=torch.float32, device=x.device) for _ in range(2)
+        torch.empty(c if need_affine else 0, dtype=torch.float32, device=device) for _ in range(2)
     )
-    factors = torch.empty((3, c), dtype=torch.float32, device=x.device) if need_x else None
-    arguments = cut.arguments()
-    partial = torch.empty((2, cut.programs, c), dtype=torch.float32, device=x.device)
-    launch(
-        reduce_gradient_kernel,
-        cut.grid,
-        num_warps=NUM_WARPS,
-        **tensors,
-        masked=masked,
-        partial=partial,
-        RELU=relu,
-        **arguments,
-    )
+    factors = torch.empty((3, c), dtype=torch.float32, device=device) if need_x else None
     launch(
         combine_gradient_kernel,
-        _combine_grid(c),
+        combine_grid(c),
         partial=partial,
         **{name: tensors[name] for name in ("mean", "var", "weight", "eps")},
         grad_weight=grad_weight if need_affine else None,
         grad_bias=grad_bias if need_affine else None,
         factors=factors,
-        programs=cut.programs,
+        programs=partial.shape[1],
         channels=c,
         count=cut.count,
         TRAINING=training,
-        **_COMBINE,
+        **COMBINE,
     )
-    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    if need_x:
-        if masked is not None:  # it holds the gradient behind the ReLU
-            tensors, relu = {**tensors, "grad": masked, "mask": None}, NO_RELU
-        launch(
-            apply_gradient_kernel,
-            cut.grid,
-            num_warps=NUM_WARPS,
-            **tensors,
-            factors=factors,
-            grad_x=grad_x,
-            TRAINING=training,
-            RELU=relu,
-            **arguments,
-        )
-    return grad_x, grad_weight, grad_bias
+    return grad_weight, grad_bias, factors
 
 
 def bn_act_backward(
@@ -462,7 +306,7 @@ def bn_act_backward(
     x = layout.dense(x)
     cut = rows_of(x)
     masked = torch.empty_like(x) if need_residual and mask is not None else None
-    tensors = {
+    tensors: dict[str, Any] = {
         "grad": layout.like(grad_y.to(x.dtype), cut.channels_last),
         "x": x,
         "mask": mask,
@@ -473,32 +317,34 @@ def bn_act_backward(
         "eps": eps,
     }
     mode = MASKED if mask is not None else RECOMPUTED if relu else NO_RELU
-    grads = gradients(cut, tensors, training, mode, need_x, need_affine, masked)
-    return (*grads, x.new_empty(0) if masked is None else masked)
-
-
-def update_running_stats_(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    count: int,
-) -> None:
-    if count == 0:
-        return
-    channels = mean.numel()
+    partial = torch.empty((2, cut.programs, cut.channels), dtype=torch.float32, device=x.device)
     launch(
-        update_running_stats_kernel,
-        (triton.cdiv(channels, 256),),
-        running_mean=running_mean,
-        running_var=running_var,
-        mean=mean,
-        var=var,
-        num_batches_tracked=num_batches_tracked,
-        momentum=momentum,
-        count=count,
-        channels=channels,
-        BLOCK=256,
+        reduce_gradient_kernel,
+        cut.grid,
+        num_warps=NUM_WARPS,
+        **tensors,
+        masked=masked,
+        partial=partial,
+        RELU=mode,
+        **cut.arguments(),
     )
+    grad_weight, grad_bias, factors = combine_gradient(partial, cut, tensors, training, need_x, need_affine)
+    empty = x.new_empty(0)
+    if not need_x:
+        return empty, grad_weight, grad_bias, empty.clone() if masked is None else masked
+    if masked is not None:  # it holds the gradient behind the ReLU
+        tensors |= {"grad": masked, "mask": None}
+        mode = NO_RELU
+    grad_x = torch.empty_like(x)
+    launch(
+        apply_gradient_kernel,
+        cut.grid,
+        num_warps=NUM_WARPS,
+        **tensors,
+        factors=factors,
+        grad_x=grad_x,
+        TRAINING=training,
+        RELU=mode,
+        **cut.arguments(),
+    )
+    return grad_x, grad_weight, grad_bias, empty if masked is None else masked
