@@ -266,7 +266,7 @@ def _algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometr
         and conv_bias is None
         and k >= 4 * c
         and x.shape[0] * x.shape[2] * x.shape[3] >= 8 * c
-        and not registration.autocast_enabled(x.device.type)
+        and not (x.is_cpu and registration.autocast_enabled("cpu"))  # the kernel for CPUs is fp32's
         and table.fused_kernel_serves("conv1x1_bn_act", (x, conv_weight))
     )
 

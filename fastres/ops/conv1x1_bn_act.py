@@ -153,3 +153,13 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 call = registration.differentiable(op, _setup_context, _backward)
+
+
+def _cast(
+    dtype: torch.dtype, x: Any, conv_weight: Any, weight: Any, bias: Any, mean: Any, var: Any, residual: Any, *rest: Any
+) -> tuple[Any, ...]:
+    x, conv_weight, residual = (registration.to_dtype(t, dtype) for t in (x, conv_weight, residual))
+    return (x, conv_weight, weight, bias, mean, var, residual, *rest)
+
+
+registration.autocast(op, _cast)
