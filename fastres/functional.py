@@ -136,6 +136,7 @@ def conv_bn_act(
     act: str = "relu",
     num_batches_tracked: Tensor | None = None,
     recompute: bool = False,
+    fork: list[Tensor] | None = None,
 ) -> Tensor:
     """act(batch_norm(conv2d(x)) + residual). Arguments as in :func:`conv_bias_act` and :func:`bn_act`.
 
@@ -145,6 +146,8 @@ def conv_bn_act(
         recompute: if the result is the input of another conv_bn_act, that one saves what it is made from in its place,
             and computes it again in backward, bit for bit: its memory is free in between. The result must not be
             written to in a way that autograd does not see (`.data`).
+        fork: x is appended to it, for the shortcut around this convolution: the gradient of that x is added to x's
+            inside the convolution's backward, which saves a pass of autograd's.
     """
     relu = arguments.relu(act)
     arguments.check_input(x)
@@ -155,6 +158,8 @@ def conv_bn_act(
         arguments.check_values_per_channel(shape)
     arguments.check_residual(residual, shape, x)
     gradient = _wants_gradient(x, conv_weight, conv_bias, weight, bias, residual)
+    if fork is not None:
+        fork.append(x)
     if not training and not gradient and x.dtype is torch.float32:
         assert running_mean is not None and running_var is not None
         folded = fold(conv_weight, conv_bias, running_mean, running_var, weight, bias, eps)
@@ -164,7 +169,7 @@ def conv_bn_act(
             x, conv_weight, weight, bias, running_mean, running_var, residual, training, eps, relu, relu
         )
     else:
-        y, raw, mean, var, _ = ops.conv_bn_act.call(
+        y, raw, mean, var, _, *forked = (ops.conv_bn_act.call if fork is None else ops.conv_bn_act.call_forked)(
             x,
             conv_weight,
             conv_bias,
@@ -179,6 +184,8 @@ def conv_bn_act(
             relu,
             gradient and relu and residual is not None,
         )
+        if fork is not None:
+            fork[:] = forked
         if recompute and gradient and residual is None:
             ops.recompute.offer(y, (raw, weight, bias, mean, var), eps, relu, ops.conv_bn_act.again)
     count = shape[0] * shape[2] * shape[3]

@@ -239,9 +239,10 @@ def conv_bn_act_backward(
     need_conv_bias: bool,
     need_affine: bool,
     need_residual: bool,
+    addend: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Returns grad_x, grad_conv_weight, grad_conv_bias, grad_weight, grad_bias, grad_residual; empty where not
-    needed."""
+    """Returns grad_x (plus addend), grad_conv_weight, grad_conv_bias, grad_weight, grad_bias, grad_residual; empty
+    where not needed."""
     needed = [need_x, need_conv_weight, need_conv_bias]
     grad_raw, grad_weight, grad_bias, grad_residual = bn_act_backward(
         grad_y,
@@ -261,9 +262,14 @@ def conv_bn_act_backward(
     grads: list[Tensor] = []
     if any(needed):
         sizes = [conv_weight.shape[0]] if need_conv_bias else None
-        grads = torch.ops.aten.convolution_backward(
-            grad_raw, x.double(), conv_weight.double(), sizes, stride, padding, dilation, False, [0, 0], groups, needed
-        )
+        inputs = (grad_raw, x.double(), conv_weight.double())
+        grads = [
+            *torch.ops.aten.convolution_backward(
+                *inputs, sizes, stride, padding, dilation, False, [0, 0], groups, needed
+            )
+        ]
+        if need_x and addend is not None:
+            grads[0] = grads[0] + addend.double()
     empty = x.new_empty(0)
     vector = vector_dtype(x)
     like = (x, conv_weight, conv_weight)
@@ -338,7 +344,7 @@ def conv1x1_bn_act_backward(
     The raw output is computed again."""
     geometry = ([1, 1], [0, 0], [1, 1], 1)
     raw = layout.in_format(convolution(x, conv_weight, None, *geometry), conv_format(x, conv_weight))
-    options: Any = (training, eps, False, need_x, need_conv_weight, False, need_affine, True)
+    options: Any = (training, eps, False, need_x, need_conv_weight, False, need_affine, True, None)
     grad_x, grad_conv_weight, _, *rest = conv_bn_act_backward(
         grad_y, x, conv_weight, raw, weight, bias, mean, var, mask, *geometry, *options
     )

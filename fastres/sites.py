@@ -336,12 +336,15 @@ def conv_bn_act(
     act: str,
     residual: Tensor | None = None,
     recompute: bool = False,
+    fork: list[Tensor] | None = None,
 ) -> Tensor:
     """act(bn(conv(x)) + residual): in inference one convolution with folded, packed weights, else conv_bn_act.
-    recompute: as in fastres.functional.conv_bn_act, for results that do not leave the block."""
+    recompute, for results that do not leave the block, and fork: as in fastres.functional.conv_bn_act."""
     if not bn.training and not (torch.is_grad_enabled() and _wants_gradient(conv, bn, x, residual)):
         kept = folding.folded(conv, bn, x)
         if kept is not None and (residual is None or _fits(residual, kept[1], x)):
+            if fork is not None:
+                fork.append(x)
             y = kept[0](x, residual, act == "relu")
             replay.note(kept[0], x, residual, act == "relu", y)
             return y
@@ -369,6 +372,7 @@ def conv_bn_act(
         act=act,
         num_batches_tracked=counter,
         recompute=recompute,
+        fork=fork,
     )
 
 

@@ -86,8 +86,8 @@ def forward(conv, x, weight, bias=None, residual=None, relu=False, winograd=True
     return OPS.conv(x, packed, conv.weight, bias, residual, *conv.geometry, relu, method)
 
 
-def grad_x(conv, grad, weight, winograd=True):
-    return OPS.conv_backward_input(grad, weight, conv.x, *conv.geometry, winograd)
+def grad_x(conv, grad, weight, winograd=True, addend=None):
+    return OPS.conv_backward_input(grad, weight, conv.x, *conv.geometry, winograd, addend)
 
 
 def grad_weight(conv, grad, x, winograd=True):

@@ -3,7 +3,22 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from _convolution import GEMM, INF, NAMES, NHWC, OPS, WINOGRAD, WINOGRAD2, Conv, check, forward, fused, square
+from _convolution import (
+    GEMM,
+    INF,
+    NAMES,
+    NHWC,
+    OPS,
+    WINOGRAD,
+    WINOGRAD2,
+    Conv,
+    check,
+    forward,
+    fused,
+    grad_x,
+    nhwc,
+    square,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -219,3 +234,15 @@ def test_small_tiles_of_winograd_are_as_exact_as_the_direct_way(channels, size, 
 
 
 #: Served by Winograd and by the matrix product; the last with rows of the kernel as taps.
+
+
+@pytest.mark.parametrize("conv", [*EPILOGUES, square(16, 24, 1, 2, 0, 7), square(8, 8, 3, 1, 3, 6)], ids=str)
+def test_gradient_plus_another(conv):
+    """The same bits as a gradient and an addition, but for the rounding of one to the other."""
+    _, weight, _, _, grad = conv.tensors()
+    addend = nhwc(*conv.x)
+    alone = grad_x(conv, grad, weight)
+    assert alone.numel()
+    assert relative_error(grad_x(conv, grad, weight, addend=addend), alone.double() + addend) < 2e-7
+    with pytest.raises(RuntimeError, match="addend must have the shape of x"):
+        grad_x(conv, grad, weight, addend=addend[:, :, :-1].contiguous(memory_format=NHWC))

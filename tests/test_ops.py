@@ -112,6 +112,7 @@ def test_opcheck_of_backward_and_update():
             need,
             True,
             True,
+            x if need else None,
         )
         opcheck(ops.conv_bn_act_backward, args)
     one = conv_weight[:, :, :1, :1].clone()

@@ -23,31 +23,31 @@ WeightView turned(WeightView w) {
 
 // Stride 1: grad_x is the convolution of grad_y with the exchanged, turned weight. Returns whether the weight is finite:
 // places outside of grad_y are zeros here, and zero times infinity would be NaN.
-bool input_stride_1(const Geometry& g, const Activation& grad, const WeightView& weight, bool winograd, void* out) {
+bool input_stride_1(const Geometry& g, const Activation& grad, const WeightView& weight, bool winograd,
+                    const Epilogue& epilogue, void* out) {
   const Geometry back({g.images, g.out_channels, g.out_height, g.out_width},
                       {g.in_channels, g.out_channels, g.kernel_h, g.kernel_w}, {1, 1},
                       {g.dilation_h * (g.kernel_h - 1) - g.pad_h, g.dilation_w * (g.kernel_w - 1) - g.pad_w},
                       {g.dilation_h, g.dilation_w}, 1);
   const WeightView view = turned(exchanged(weight));
-  const Epilogue none{nullptr, nullptr, false};
   if (const int64_t tile = winograd_tile(method_of(back, winograd))) {
     const Scratch packed(winograd_floats(back, tile));
     if (pack_winograd(view, tile, packed.data())) {
-      conv_winograd(back, tile, grad, packed.data(), none, out);
+      conv_winograd(back, tile, grad, packed.data(), epilogue, out);
       return true;
     }
   }
   const Taps taps = forward_taps(back);
   const Scratch packed(gemm_floats(taps, back.in_channels, back.out_channels));
   if (!pack_gemm(view, taps, packed.data())) return false;
-  conv_gemm(back, grad, packed.data(), none, out);
+  conv_gemm(back, grad, packed.data(), epilogue, out);
   return true;
 }
 
 // Any stride: the pixels of x whose places are equal modulo the stride read the same taps, by a convolution with stride 1 each.
 // run(taps, conv) takes one of them; false, where the weight is not finite, ends it all.
 template <class F>
-bool for_each_phase(const Geometry& g, const Activation& grad, void* out, const F& run) {
+bool for_each_phase(const Geometry& g, const Activation& grad, const Epilogue& epilogue, void* out, const F& run) {
   const std::vector<float> zeros(g.out_channels);
   for (int64_t first_h = 0; first_h < std::min(g.stride_h, g.height); ++first_h) {
     for (int64_t first_w = 0; first_w < std::min(g.stride_w, g.width); ++first_w) {
@@ -84,15 +84,17 @@ bool for_each_phase(const Geometry& g, const Activation& grad, void* out, const 
       conv.y_step_w = g.stride_w;
       conv.y_first_h = first_h;
       conv.y_first_w = first_w;
+      conv.epilogue = epilogue;
       if (!run(taps, conv)) return false;
     }
   }
   return true;
 }
 
-bool input_strided(const Geometry& g, const Activation& grad, const WeightView& weight, void* out) {
+bool input_strided(const Geometry& g, const Activation& grad, const WeightView& weight, const Epilogue& epilogue,
+                   void* out) {
   const WeightView view = exchanged(weight);
-  return for_each_phase(g, grad, out, [&](Taps& taps, GemmConv conv) {
+  return for_each_phase(g, grad, epilogue, out, [&](Taps& taps, GemmConv conv) {
     const Scratch packed(std::max<int64_t>(1, gemm_floats(taps, g.out_channels, g.in_channels)));
     if (taps.count() > 0 && !pack_gemm(view, taps, packed.data())) return false;
     conv.weight = packed.data();
@@ -101,14 +103,15 @@ bool input_strided(const Geometry& g, const Activation& grad, const WeightView& 
   });
 }
 
-bool input_grouped(const Geometry& g, const Activation& grad, const WeightView& weight, void* out) {
+bool input_grouped(const Geometry& g, const Activation& grad, const WeightView& weight, const Epilogue& epilogue,
+                   void* out) {
   const GroupShape shape{g.out_channels, g.in_channels, g.group_out(), g.group_in()};
   const WeightView view = exchanged(weight);
   const Scratch packed(grouped_floats(shape, forward_taps(g)));
   float* next = packed.data();
   std::vector<Taps> taps_of;
   std::vector<GemmConv> phases;
-  const bool finite = for_each_phase(g, grad, out, [&](Taps& taps, GemmConv conv) {
+  const bool finite = for_each_phase(g, grad, epilogue, out, [&](Taps& taps, GemmConv conv) {
     if (!pack_grouped(shape, view, g.group_out() * weight.stride_k, taps, next)) return false;
     conv.weight = next;
     next += grouped_floats(shape, taps);
@@ -132,16 +135,26 @@ bool input_left(const Geometry& g) {
 }
 bool weight_left(const Geometry& g) { return g.groups > 1 && g.kernel_h * g.kernel_w < 25 && large_depthwise(g); }
 
-// An empty tensor where the weight is not finite, or where the gradient is left to ATen.
+// The gradient of x, plus addend if there is one. An empty tensor where the weight is not finite, or where the gradient is left
+// to ATen.
 Tensor conv_backward_input(const Tensor& grad_y, const Tensor& weight, const std::vector<int64_t>& x,
                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                           const std::vector<int64_t>& dilation, int64_t groups, bool winograd) {
+                           const std::vector<int64_t>& dilation, int64_t groups, bool winograd,
+                           const OptionalTensor& addend) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, "weight must be a 4D float32 tensor");
   const Geometry g(x, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride, padding, dilation,
                    groups);
   STD_TORCH_CHECK(method_of(g, winograd) != kNone, "this grouped convolution is not served");
   const Activation grad = nhwc(grad_y, "grad_y");
   check_gradient(grad_y, g);
+  Epilogue epilogue{nullptr, nullptr, false};
+  if (addend.has_value()) {
+    const Activation rest = nhwc(*addend, "addend");
+    STD_TORCH_CHECK(rest.dtype == grad.dtype && addend->size(0) == g.images && addend->size(1) == g.in_channels &&
+                        addend->size(2) == g.height && addend->size(3) == g.width,
+                    "addend must have the shape of x and the dtype of grad_y");
+    epilogue.residual = rest.data;
+  }
   if (input_left(g)) return cached_empty(0);
   Tensor grad_x = cached_empty(g.images, g.in_channels, g.height, g.width, grad_y.scalar_type(), true);
   void* out = grad_x.mutable_data_ptr();
@@ -149,9 +162,9 @@ Tensor conv_backward_input(const Tensor& grad_y, const Tensor& weight, const std
   const bool plain = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h * (g.kernel_h - 1) >= g.pad_h &&
                      g.dilation_w * (g.kernel_w - 1) >= g.pad_w;
   if (grad_x.numel() == 0) return grad_x;
-  const bool finite = groups > 1 ? input_grouped(g, grad, view, out)
-                      : plain    ? input_stride_1(g, grad, view, winograd, out)
-                                 : input_strided(g, grad, view, out);
+  const bool finite = groups > 1 ? input_grouped(g, grad, view, epilogue, out)
+                      : plain    ? input_stride_1(g, grad, view, winograd, epilogue, out)
+                                 : input_strided(g, grad, view, epilogue, out);
   return finite ? grad_x : cached_empty(0);
 }
 
@@ -287,7 +300,7 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const std::ve
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_cpu, m) {
   m.def(
       "conv_backward_input(Tensor grad_y, Tensor weight, int[] x, int[] stride, int[] padding, int[] dilation, int groups, "
-      "bool winograd) -> Tensor");
+      "bool winograd, Tensor? addend=None) -> Tensor");
   m.def(
       "conv_backward_weight(Tensor grad_y, Tensor x, int[] weight, int[] stride, int[] padding, int[] dilation, int groups, "
       "bool winograd) -> Tensor");

@@ -156,16 +156,23 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any
 
 
 def convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, geometry: tuple[Any, ...], needed: tuple[bool, bool, bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    geometry: tuple[Any, ...],
+    needed: tuple[bool, bool, bool],
+    addend: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of x, weight and bias that are needed, for the gradient of the output."""
+    """The gradients of x (plus addend), weight and bias that are needed, for the gradient of the output."""
     ops, dtype = torch.ops.fastres_cpu, x.dtype
     own = [why_not(x, weight, None, None, *geometry) is None and need for need in needed]
     if any(own):
         grad = layout.like(grad.to(dtype), True)
     grads: list[Tensor | None] = [None, None, None]
     if own[0]:
-        grad_x = ops.conv_backward_input.default(grad, weight.float(), x.shape, *geometry, config.winograd)
+        plus = None if addend is None else layout.like(addend.to(dtype), True)
+        grad_x = ops.conv_backward_input.default(grad, weight.float(), x.shape, *geometry, config.winograd, plus)
         if grad_x.numel():  # none where the weight is not finite, or ATen is faster
             grads[0] = layout.in_format(grad_x, torch.channels_last).to(dtype)
     if own[1]:
@@ -179,5 +186,7 @@ def convolve_backward(
     rest = [need and one is None for need, one in zip(needed, grads, strict=True)]
     if any(rest):
         found = aten_backward(grad, x, weight, has_bias, geometry, rest)
+        if found[0] is not None and addend is not None:
+            found[0] += addend
         grads = [mine if mine is not None else theirs for mine, theirs in zip(grads, found, strict=True)]
     return grads

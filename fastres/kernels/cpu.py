@@ -173,6 +173,7 @@ def conv_bn_act_backward(
     need_conv_bias: bool,
     need_affine: bool,
     need_residual: bool,
+    addend: Tensor | None,
 ) -> tuple[Tensor, ...]:
     needed = (need_x, need_conv_weight, need_conv_bias)
     grad_raw, grad_weight, grad_bias, grad_residual = bn_act_backward(
@@ -181,7 +182,7 @@ def conv_bn_act_backward(
     grads: Sequence[Tensor | None] = (None, None, None)
     if any(needed):
         geometry = (stride, padding, dilation, groups)
-        grads = convolution.convolve_backward(grad_raw, x, conv_weight, need_conv_bias, geometry, needed)
+        grads = convolution.convolve_backward(grad_raw, x, conv_weight, need_conv_bias, geometry, needed, addend)
     return (*(x.new_empty(0) if g is None else g for g in grads), grad_weight, grad_bias, grad_residual)
 
 

@@ -69,7 +69,7 @@ def _fake_backward(
     need_affine: bool,
 ) -> tuple[Tensor, ...]:
     raw = layout.in_format(grad_y, reference.conv_format(x, conv_weight))
-    options: Any = (training, eps, False, need_x, need_conv_weight, False, need_affine, True)
+    options: Any = (training, eps, False, need_x, need_conv_weight, False, need_affine, True, None)
     grad_x, grad_conv_weight, _, *rest = conv_bn_act._fake_backward(
         grad_y, x, conv_weight, raw, weight, bias, mean, var, mask, *_GEOMETRY, *options
     )

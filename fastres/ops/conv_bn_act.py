@@ -64,6 +64,7 @@ def _fake_backward(
     need_conv_bias: bool,
     need_affine: bool,
     need_residual: bool,
+    addend: Tensor | None,
 ) -> tuple[Tensor, ...]:
     need_raw = need_x or need_conv_weight or need_conv_bias
     grad_raw, grad_weight, grad_bias, grad_residual = bn_act._fake_backward(
@@ -95,7 +96,8 @@ backward_op = registration.define(
     "bias, Tensor mean, "
     "Tensor var, Tensor? mask, int[] stride, int[] padding, int[] dilation, int groups, bool training, float "
     "eps, bool relu, "
-    "bool need_x, bool need_conv_weight, bool need_conv_bias, bool need_affine, bool need_residual) "
+    "bool need_x, bool need_conv_weight, bool need_conv_bias, bool need_affine, bool need_residual, "
+    "Tensor? addend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
@@ -142,7 +144,7 @@ def second_order(
     return registration.second_order(lambda *tensors: _plain(*tensors, **options), inputs, needed, grad_y)
 
 
-def _second_order(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+def _second_order(ctx: Any, grad_y: Tensor, addend: Tensor | None) -> tuple[Any, ...]:
     x, (conv_weight, conv_bias, raw, weight, bias, mean, var, mask) = recompute.saved(ctx)
     training, eps, relu = ctx.options
     need = ctx.needs_input_grad
@@ -157,6 +159,8 @@ def _second_order(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         eps=eps,
         relu=relu,
     )
+    if need[0] and addend is not None:
+        grads[0] = addend if grads[0] is None else grads[0] + addend
     grad_residual = None
     if need[7]:
         grad_residual = grad_y if keep is None else torch.where(keep, grad_y, 0.0)
@@ -172,11 +176,12 @@ def again(ctx: Any) -> Tensor:
     return layout.in_format(y.to(x.dtype), reference.conv_format(x, conv_weight))
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    addend = rest[4] if len(rest) > 4 else None  # of a forked call: the gradient of the input that it gave back
     if grad_y is None:
-        return (None,) * 16
+        return addend, *(None,) * 15
     if torch.is_grad_enabled():
-        return _second_order(ctx, grad_y)
+        return _second_order(ctx, grad_y, addend)
     x, (conv_weight, conv_bias, raw, weight, bias, mean, var, mask) = recompute.saved(ctx)
     need_x, need_conv_weight, need_conv_bias, need_weight, need_bias, _, _, need_residual = ctx.needs_input_grad[:8]
     grad_x, grad_conv_weight, grad_conv_bias, grad_weight, grad_bias, masked_grad = backward_op(
@@ -196,6 +201,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
         need_conv_bias,
         need_weight or need_bias,
         need_residual,
+        addend,
     )
     return (
         grad_x if need_x else None,
@@ -211,6 +217,9 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 call = registration.differentiable(op, _setup_context, _backward)
+#: The same, and x as one more result: what is done with that one adds its gradient to x's within the convolution's
+#: backward, instead of by a pass of autograd's.
+call_forked = registration.forked(op, call, _setup_context, _backward)
 
 
 def _cast(

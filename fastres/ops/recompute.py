@@ -19,11 +19,13 @@ from fastres.ops import bn_act
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """y = bn_act(*tensors), its version counter when it was made, and how its node makes it with its history."""
+    """y = bn_act(*tensors): which of its node's results y is, its version counter when it was made, and how its node
+    makes it with its history."""
 
     tensors: tuple[Tensor | None, ...]  # raw, weight, bias, mean, var
     eps: float
     relu: bool
+    output: int
     version: int
     again: Callable[[Any], Tensor]
 
@@ -38,13 +40,15 @@ def offer(
     """
     node: Any = y.grad_fn
     if node is not None and not torch.compiler.is_compiling():
-        node.fastres_recipe = _Recipe(tensors, eps, relu, y._version, again)
+        node.fastres_recipe = _Recipe(tensors, eps, relu, y.output_nr, y._version, again)
 
 
 def save(ctx: Any, x: Tensor, tensors: tuple[Tensor | None, ...]) -> None:
     """ctx.save_for_backward(x, *tensors), or what x is made from. An offer is taken once."""
     node: Any = None if torch.compiler.is_compiling() else x.grad_fn
     recipe = getattr(node, "fastres_recipe", None)
+    if recipe is not None and recipe.output != x.output_nr:  # x is another result of the node: a forked input
+        recipe = None
     if recipe is not None:
         del node.fastres_recipe
     if recipe is None or recipe.version != x._version:

@@ -6,6 +6,7 @@ autograd it asks the kernel table (fastres/kernels/table.py) who serves this cal
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastres.kernels import table
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 _LIBRARY = torch.library.Library("fastres", "DEF")
+_casts: dict[Any, Callable[..., Sequence[Any]]] = {}
 
 
 def define(schema: str, fake: Callable[..., Any]) -> Any:
@@ -31,27 +33,65 @@ def differentiable(op: Any, setup_context: Callable[..., None], backward: Callab
     """Gives `op` its gradient. Returns the function to call: op itself for tracing and without gradients, and for
     eager training an autograd.Function around it, which costs half of what a registered formula costs."""
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
-    eager: Any = type(
-        op.name().split("::")[1],
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(lambda *args: op(*args)),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
-        },
+    eager = _function(op, lambda *args: op(*args), setup_context, backward)
+    return lambda *args: _apply(op, eager, args) if _records(args) else op(*args)
+
+
+def forked(
+    op: Any, call: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`call`, the differentiable op, with its first argument as one more result. In eager training `backward` gets the
+    gradient of that one too, as its last argument, and has to add it to that of the argument."""
+    eager = _function(
+        op,
+        lambda *args: (*op(*args), args[0].view_as(args[0])),
+        lambda ctx, inputs, output: setup_context(ctx, inputs, output[:-1]),
+        backward,
     )
 
-    def call(*args: Any) -> Any:
-        if (
-            not torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or autocast_enabled(args[0].device.type)  # the autocast kernel has to run before gradients are recorded
-            or not any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        ):
-            return op(*args)
+    def call_forked(*args: Any) -> Any:
+        x = args[0]
+        cast = autocast_enabled(x.device.type) and x.dtype is not torch.get_autocast_dtype(x.device.type)
+        if cast or not x.requires_grad or not _records(args):
+            return (*call(*args), x)
+        return _apply(op, eager, args)
+
+    return call_forked
+
+
+def _function(
+    op: Any, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Any:
+    methods = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    return type(
+        op.name().split("::")[1],
+        (torch.autograd.Function,),
+        {name: staticmethod(method) for name, method in methods.items()},
+    )
+
+
+def _records(args: tuple[Any, ...]) -> bool:
+    """Whether a call is one of eager training, for an autograd.Function."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    )
+
+
+def _apply(op: Any, eager: Any, args: tuple[Any, ...]) -> Any:
+    """eager.apply, with what autocast asks for done before: it has to be recorded."""
+    device_type = args[0].device.type
+    if op not in _casts or not autocast_enabled(device_type):
+        return eager.apply(*args)
+    args = tuple(_casts[op](torch.get_autocast_dtype(device_type), *args))
+    with torch._C._ExcludeDispatchKeyGuard(_autocast_keys(device_type)):
         return eager.apply(*args)
 
-    return call
+
+@functools.cache
+def _autocast_keys(device_type: str) -> Any:
+    return torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -62,11 +102,11 @@ def autocast_enabled(device_type: str) -> bool:
 def autocast(op: Any, cast: Callable[..., Sequence[Any]]) -> None:
     """Under autocast `op` runs with `cast(dtype, *args)` as its arguments, and autocast off."""
     name = op.name().split("::")[1]
+    _casts[op] = cast
     for device in _AUTOCAST_DEVICES:
-        key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
-        def run(*args: Any, device: str = device, key: Any = key) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(key):
+        def run(*args: Any, device: str = device) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(_autocast_keys(device)):
                 return op(*cast(torch.get_autocast_dtype(device), *args))
 
         _LIBRARY.impl(name, run, f"Autocast{device.upper()}")

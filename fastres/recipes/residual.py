@@ -84,8 +84,9 @@ class BasicBlockForward(FusedModule):
         if _blocked(self, x, **children):
             return super().forward(x)  # type: ignore[misc]
         conv1, bn1, _, conv2, bn2 = children.values()
-        y = sites.conv_bn_act(conv1, bn1, x, act="relu", recompute=True)
-        return _join(conv2, bn2, y, _shortcut(self, x))
+        fork: list[Tensor] = []
+        y = sites.conv_bn_act(conv1, bn1, x, act="relu", recompute=True, fork=fork)
+        return _join(conv2, bn2, y, _shortcut(self, fork[0]))
 
 
 class BottleneckForward(FusedModule):
@@ -99,9 +100,10 @@ class BottleneckForward(FusedModule):
         if _blocked(self, x, **children):
             return super().forward(x)  # type: ignore[misc]
         conv1, bn1, _, conv2, bn2, conv3, bn3 = children.values()
-        y = sites.conv_bn_act(conv1, bn1, x, act="relu", recompute=True)
+        fork: list[Tensor] = []
+        y = sites.conv_bn_act(conv1, bn1, x, act="relu", recompute=True, fork=fork)
         y = sites.conv_bn_act(conv2, bn2, y, act="relu", recompute=True)
-        return _join(conv3, bn3, y, _shortcut(self, x))
+        return _join(conv3, bn3, y, _shortcut(self, fork[0]))
 
 
 _FORWARDS = (BasicBlockForward.forward, BottleneckForward.forward, ZeroPadShortcut.forward)

@@ -68,6 +68,7 @@ def conv_bn_act_backward(
     need_conv_bias: bool,
     need_affine: bool,
     need_residual: bool,
+    addend: Tensor | None,
 ) -> tuple[Tensor, ...]:
     needed = (need_x, need_conv_weight, need_conv_bias)
     grad_raw, grad_weight, grad_bias, grad_residual = batch_norm.bn_act_backward(
@@ -77,4 +78,6 @@ def conv_bn_act_backward(
     if any(needed):
         geometry = (stride, padding, dilation, groups)
         grads = convolution.aten_backward(grad_raw, x, conv_weight, need_conv_bias, geometry, needed)
+        if grads[0] is not None and addend is not None:
+            grads[0] += addend
     return (*(x.new_empty(0) if g is None else g for g in grads), grad_weight, grad_bias, grad_residual)
