@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
@@ -87,3 +88,12 @@ def interpreting() -> Iterator[None]:
         patched.setattr(_Builder, "create_dot", _dot)
         patched.setattr(JITFunction, "__call__", _call, raising=False)
         yield
+
+
+#: Where tests of Triton kernels run: on the GPU if there is one, else interpreted on the CPU.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def running() -> AbstractContextManager[None]:
+    """In this context kernels run on DEVICE."""
+    return nullcontext() if DEVICE.type == "cuda" else interpreting()
