@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,16 +68,19 @@ def _interpreted(function: Callable[..., Any]) -> Any:
 
 def _call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
     """A @triton.jit function that an interpreted one calls."""
-    function = _interpreted(self.fn)
-    scope = interpreter._patch_lang(function.fn)
-    try:
-        return function.rewrite()(*args, **kwargs)
-    finally:
-        scope.restore()
+    return _interpreted(self.fn).rewrite()(*args, **kwargs)
+
+
+#: Stands for a function that uses all of the language: patched once a launch, not once a call (a third of the time).
+_LANGUAGE: Any = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
 
 def _interpret(kernel: Any, grid: tuple[int, ...], options: dict[str, int], arguments: dict[str, Any]) -> None:
-    _interpreted(kernel.fn)[grid](**arguments)
+    scope = interpreter._patch_lang(_LANGUAGE)
+    try:
+        _interpreted(kernel.fn)[grid](**arguments)
+    finally:
+        scope.restore()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ may stand before it, which then is never stored.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import triton
@@ -103,6 +104,7 @@ def activated(x, norm, channel, channels):
     return tl.where(z <= 0.0, 0.0, z).to(x.dtype)
 
 
-def precision(x: Tensor) -> str:
+def precision() -> str:
     """How products of fp32 values are computed: TF32 where PyTorch's convolutions may."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    cudnn: Any = torch.backends.cudnn  # mypy does not see its attribute `conv`
+    return "tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee"

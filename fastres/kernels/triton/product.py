@@ -209,7 +209,7 @@ def blocks(x: Tensor, rows: int, columns: int, depth: int) -> dict[str, Any]:
     the same bytes, and 64 columns; where it is not TF32, products are not made by matrix units, and its tile is small.
     """
     wide = x.element_size() == 4
-    small = wide and precision(x) == "ieee"
+    small = wide and precision() == "ieee"
     block_columns = min(max(triton.next_power_of_2(columns), 16), 64 if wide else 128)
     block_depth = min(max(triton.next_power_of_2(depth), 16), 32 if wide else 64)
     block_rows = 64 if small else 128
@@ -284,7 +284,7 @@ def product(
         GATHER=gather is not None,
         SCATTER=scatter is not None,
         RELU=relu,
-        PRECISION=precision(out),
+        PRECISION=precision(),
         **block,
     )
     return partial
