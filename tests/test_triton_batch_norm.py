@@ -3,9 +3,6 @@ else interpreted, on fewer and smaller shapes."""
 
 import pytest
 import torch
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from _kernels import check_add_act, check_bn_act, check_bn_act_maxpool, check_large_mean, check_nan_and_inf, per_channel
 from _triton import triton_kernels
 

@@ -4,9 +4,6 @@ import copy
 
 import pytest
 import torch
-
-pytest.importorskip("triton", reason="Triton is not installed")
-
 from _compare import assert_path, block, check_numbers, image, kinds, layouts, modes, network, step, watched
 from _triton import triton_kernels
 

@@ -101,6 +101,14 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         )
         for op in ops
     },
+    ("conv1x1_bn_act", "cuda"): [
+        _triton("conv1x1_bn_act", "algebraic", triton.conv1x1_bn_act_why_not),
+        _reference("conv1x1_bn_act"),
+    ],
+    ("conv1x1_bn_act_backward", "cuda"): [
+        _triton("conv1x1_bn_act_backward", "algebraic", triton.conv1x1_bn_act_backward_why_not),
+        _reference("conv1x1_bn_act_backward"),
+    ],
     ("conv_bn_act", "cuda"): [
         _triton("conv_bn_act", "convolution_ops", triton.conv_bn_act_why_not),
         _reference("conv_bn_act"),

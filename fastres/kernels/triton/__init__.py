@@ -10,9 +10,15 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from fastres import reference
 from fastres.kernels.cpu import conv_bn_act_backward_why_not, conv_bn_act_why_not, why_not
 
 __all__ = [
+    "conv1x1_bn_act_backward_why_not",
+    "conv1x1_bn_act_why_not",
     "conv_bn_act_backward_why_not",
     "conv_bn_act_why_not",
     "kernel",
@@ -30,6 +36,17 @@ def unavailable() -> str | None:
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
     return None
+
+
+def conv1x1_bn_act_why_not(x: Tensor, conv_weight: Tensor, *args: Any) -> str | None:
+    if reason := why_not(x):
+        return reason
+    channels_last = reference.conv_format(x, conv_weight) is torch.channels_last and conv_weight.shape[0] > 1
+    return None if channels_last else "not channels_last"
+
+
+def conv1x1_bn_act_backward_why_not(grad_y: Tensor, x: Tensor, *args: Any) -> str | None:
+    return conv1x1_bn_act_why_not(x, args[0])
 
 
 def update_running_stats_why_not(*args: Any) -> str | None:

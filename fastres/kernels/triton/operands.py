@@ -1,0 +1,110 @@
+"""How matrix products read an activation: its rows are pixels of a channels_last tensor, and a batch norm with a ReLU
+may stand before it, which then is never stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastres.kernels.triton.batch_norm import coefficients, normalise, vector
+from fastres.kernels.triton.launch import launch
+
+#: Of @triton.jit: arguments whose value does not matter to the code, so that it is not compiled again for each.
+GEOMETRY = ("height", "width", "out_height", "out_width", "stride_h", "stride_w")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The pixels of an activation [height, width] that a 1x1 convolution with strides reads."""
+
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    stride_h: int
+    stride_w: int
+
+
+#: What kernels get that read every pixel.
+EVERY_PIXEL = Sampling(1, 1, 1, 1, 1, 1)
+
+
+def sampling_of(x: tuple[int, ...], stride: tuple[int, int]) -> Sampling:
+    """Of an activation [N, C, H, W]."""
+    height, width = x[2:]
+    out_height, out_width = ((size - 1) // step + 1 for size, step in zip((height, width), stride, strict=True))
+    return Sampling(height, width, out_height, out_width, *stride)
+
+
+def geometry(sampling: Sampling | None) -> dict[str, int]:
+    """The arguments of kernels that are named in GEOMETRY."""
+    sampling = sampling or EVERY_PIXEL
+    return {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+
+
+@triton.jit
+def sampled(row, height, width, out_height, out_width, stride_h, stride_w):
+    """Pixels of the input under the pixels `row` of the output of a 1x1 convolution with strides."""
+    line = row // out_width
+    return (line // out_height * height + line % out_height * stride_h) * width + row % out_width * stride_w
+
+
+@triton.jit
+def norm_kernel(norm, mean, var, weight, bias, eps, channels, BLOCK: tl.constexpr):
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < channels
+    near, scale, shift, _ = coefficients(mean, var, weight, bias, channel, inside, eps)
+    tl.store(norm + channel, near, inside)
+    tl.store(norm + channels + channel, scale, inside)
+    tl.store(norm + 2 * channels + channel, shift, inside)
+
+
+def norm_of(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """A batch norm as products take it: fp32 [3, C], batch_norm(x) = (x - norm[0]) * norm[1] + norm[2].
+
+    Made once, not by every program: the float64 arithmetic behind it would take longer than their products.
+    """
+    channels = mean.numel()
+    norm = torch.empty((3, channels), dtype=torch.float32, device=mean.device)
+    launch(
+        norm_kernel,
+        (triton.cdiv(channels, 128),),
+        norm=norm,
+        mean=mean,
+        var=var,
+        weight=vector(weight),
+        bias=vector(bias),
+        eps=eps,
+        channels=channels,
+        BLOCK=128,
+    )
+    return norm
+
+
+@triton.jit
+def normalised(x, norm, channel, channels):
+    """The batch norm `norm` of a tile x [row, channel], in fp32: the bits of batch_norm.apply_kernel."""
+    inside = channel < channels
+    near = tl.load(norm + channel, inside, other=0.0)
+    scale = tl.load(norm + channels + channel, inside, other=0.0)
+    shift = tl.load(norm + 2 * channels + channel, inside, other=0.0)
+    return normalise(x, near, scale, shift)
+
+
+@triton.jit
+def activated(x, norm, channel, channels):
+    """relu(batch_norm(x)) of a tile, rounded as if it had been stored; 0 in channels that do not exist."""
+    z = normalised(x, norm, channel, channels)
+    return tl.where(z <= 0.0, 0.0, z).to(x.dtype)
+
+
+def precision() -> str:
+    """How products of fp32 values are computed: TF32 where PyTorch's convolutions may."""
+    cudnn: Any = torch.backends.cudnn  # mypy does not see its attribute `conv`
+    return "tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee"

@@ -1,0 +1,290 @@
+"""C = act((A B + A2 B2) * scale + bias + residual): the matrix product behind 1x1 convolutions and their gradients.
+
+A [rows, depth] is an activation: its rows are pixels (operands.py says which), and relu(batch_norm(A)) may stand for
+it. B [depth, columns] is a weight with any strides. Products are summed in fp32, first those of A B, then of A2 B2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastres.kernels.triton.launch import launch, multiprocessors
+from fastres.kernels.triton.operands import GEOMETRY, Sampling, activated, geometry, precision, sampled
+from fastres.kernels.triton.tiles import store_mask
+
+
+@triton.jit
+def add_product(
+    sums,
+    a,
+    norm,
+    b,
+    pixel,
+    exists,
+    column,
+    columns,
+    depth,
+    stride_depth,
+    stride_column,
+    PRECISION: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """sums + A B of a tile, whose rows of A are the pixels `pixel`."""
+    channel = tl.arange(0, BLOCK_DEPTH)
+    place = a + pixel[:, None] * depth + channel[None, :]
+    weight = b + channel[:, None] * stride_depth + column[None, :] * stride_column
+    for first in range(0, depth, BLOCK_DEPTH):
+        inside = channel < depth - first
+        values = tl.load(place + first, exists[:, None] & inside[None, :], other=0.0)
+        if norm is not None:
+            values = activated(values, norm, first + channel, depth)
+        factors = tl.load(weight + first * stride_depth, inside[:, None] & (column < columns)[None, :], other=0.0)
+        sums = tl.dot(values, factors, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def finished(sums, scale, bias, residual, offset, exists, column, columns):
+    """sums * scale + bias + residual of a tile, each where given."""
+    inside = column < columns
+    if bias is not None:
+        shift = tl.load(bias + column, inside, other=0.0).to(tl.float32)[None, :]
+        if scale is not None:
+            factor = tl.broadcast_to(tl.load(scale + column, inside, other=0.0)[None, :], sums.shape)
+            sums = tl.fma(sums, factor, tl.broadcast_to(shift, sums.shape))
+        else:
+            sums += shift
+    if residual is not None:
+        sums += tl.load(residual + offset, exists, other=0.0).to(tl.float32)
+    return sums
+
+
+@triton.jit
+def store_statistics(partial, values, exists, count, program, programs, column, columns):
+    """Of one tile, what batch_norm.statistics_kernel leaves: k, mean - k, squares around the mean, count."""
+    k = tl.sum(tl.where(exists, values, 0.0), axis=0) / count
+    k = tl.where(tl.abs(k) < float("inf"), k, 0.0)  # if it is not finite, the sums will say so
+    distance = tl.where(exists, values - k[None, :], 0.0)
+    total = tl.sum(distance, axis=0)
+    mean = total / count
+    squares = tl.sum(distance * distance, axis=0) - total * mean
+    place = partial + tl.cast(program, tl.int64) * columns + column
+    plane = tl.cast(programs, tl.int64) * columns
+    inside = column < columns
+    tl.store(place, k, inside)
+    tl.store(place + plane, mean, inside)
+    tl.store(place + 2 * plane, squares, inside)
+    tl.store(place + 3 * plane, tl.zeros_like(k) + count, inside)
+
+
+@triton.jit(do_not_specialize=GEOMETRY)
+def product_kernel(
+    a,
+    norm,
+    b,
+    depth,
+    stride_depth,
+    stride_column,
+    a2,
+    norm2,
+    b2,
+    depth2,
+    stride_depth2,
+    stride_column2,
+    out,
+    scale,
+    bias,
+    residual,
+    mask,  # if given, what the ReLU lets through is written to it
+    partial,  # if given, fp32 [4, tiles of rows, columns]: statistics of the values written, as statistics_kernel's
+    rows,
+    columns,
+    height,
+    width,
+    out_height,
+    out_width,
+    stride_h,
+    stride_w,
+    GATHER: tl.constexpr,  # rows of A are sampled pixels
+    SCATTER: tl.constexpr,  # rows of the result, and of the residual, are
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """One tile. Programs of the same rows follow each other, so that A is read from memory once."""
+    column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
+    program = tl.program_id(0) // column_tiles
+    column = tl.program_id(0) % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    first = tl.cast(program, tl.int64) * BLOCK_ROWS
+    row = tl.arange(0, BLOCK_ROWS)
+    count = tl.minimum(rows - first, BLOCK_ROWS).to(tl.int32)
+    pixel, target = row, row
+    if GATHER:
+        pixel = sampled(first + row, height, width, out_height, out_width, stride_h, stride_w)
+    else:
+        a += first * depth
+    if SCATTER:
+        target = sampled(first + row, height, width, out_height, out_width, stride_h, stride_w)
+    else:
+        out += first * columns
+        if residual is not None:
+            residual += first * columns
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    sums = add_product(
+        sums,
+        a,
+        norm,
+        b,
+        pixel,
+        row < count,
+        column,
+        columns,
+        depth,
+        stride_depth,
+        stride_column,
+        PRECISION,
+        BLOCK_DEPTH,
+    )
+    if a2 is not None:
+        a2 += first * depth2
+        sums = add_product(
+            sums,
+            a2,
+            norm2,
+            b2,
+            row,
+            row < count,
+            column,
+            columns,
+            depth2,
+            stride_depth2,
+            stride_column2,
+            PRECISION,
+            BLOCK_DEPTH,
+        )
+    offset = target[:, None] * columns + column[None, :]
+    exists = (row < count)[:, None] & (column < columns)[None, :]
+    z = finished(sums, scale, bias, residual, offset, exists, column, columns)
+    if mask is not None:
+        mask += first * tl.cdiv(columns, 8)
+        store_mask(mask, exists & ~(z <= 0.0), row, column, count, 1, columns, True, BLOCK_ROWS, BLOCK_COLUMNS)
+    if RELU:
+        z = tl.where(z <= 0.0, 0.0, z)
+    values = z.to(out.dtype.element_ty)
+    tl.store(out + offset, values, exists)
+    if partial is not None:
+        programs = tl.cdiv(rows, BLOCK_ROWS)
+        store_statistics(partial, values.to(tl.float32), exists, count, program, programs, column, columns)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The factors of one product.
+
+    Attributes:
+        a: activation dense in channels_last; rows of `depth` values.
+        b: [depth, columns] in a's dtype, with any strides.
+        norm: as operands.norm_of makes it: relu(batch_norm(a)) stands for a.
+    """
+
+    a: Tensor
+    b: Tensor
+    norm: Tensor | None = None
+
+
+def blocks(x: Tensor, rows: int, columns: int, depth: int) -> dict[str, Any]:
+    """The tile of a program, its warps and its pipeline.
+
+    128 x 128 results by 64 of depth: what two groups of 4 warps of an H100 (wgmma) keep in registers, with three steps
+    of both factors in 96 KB of shared memory, so that two programs fit on a multiprocessor. Fewer columns where there
+    are no more, fewer rows where there would not be a program for each multiprocessor. fp32 takes half the depth, for
+    the same bytes, and 64 columns; where it is not TF32, products are not made by matrix units, and its tile is small.
+    """
+    wide = x.element_size() == 4
+    small = wide and precision() == "ieee"
+    block_columns = min(max(triton.next_power_of_2(columns), 16), 64 if wide else 128)
+    block_depth = min(max(triton.next_power_of_2(depth), 16), 32 if wide else 64)
+    block_rows = 64 if small else 128
+    if triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns) < multiprocessors(x):
+        block_rows = min(block_rows, max(triton.next_power_of_2(rows), 16), 64)
+    return {
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_COLUMNS": block_columns,
+        "BLOCK_DEPTH": block_depth,
+        "num_warps": 8 if block_rows * block_columns >= 128 * 128 else 4,
+        "num_stages": 3,
+    }
+
+
+def product(
+    first: Pair,
+    out: Tensor,
+    second: Pair | None = None,
+    *,
+    gather: Sampling | None = None,
+    scatter: Sampling | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    relu: bool = False,
+    statistics: bool = False,
+) -> Tensor | None:
+    """Writes act((A B + A2 B2) * scale + bias + residual) to `out`.
+
+    Args:
+        first, second: the factors of both products; A2 has the rows of the result.
+        out: activation dense in channels_last; rows of `columns` values.
+        gather: which pixels of the first A are its rows; all if not given.
+        scatter: which pixels of `out` are written, where they are not all.
+        scale, bias: [columns]; scale fp32, and only with a bias.
+        residual: like `out`.
+        mask: uint8, of `out`'s values as fastres/layout.py describes; what the ReLU lets through is written to it.
+        statistics: with it the result is what statistics.combine_statistics takes, of the values written.
+    """
+    depth, columns = first.b.shape
+    rows = out.numel() // columns if scatter is None else first.a.numel() // depth
+    block = blocks(out, rows, columns, depth)
+    row_tiles, column_tiles = triton.cdiv(rows, block["BLOCK_ROWS"]), triton.cdiv(columns, block["BLOCK_COLUMNS"])
+    shape = (4, row_tiles, columns)
+    partial = torch.empty(shape, dtype=torch.float32, device=out.device) if statistics else None
+    b2 = None if second is None else second.b
+    launch(
+        product_kernel,
+        (row_tiles * column_tiles,),
+        a=first.a,
+        norm=first.norm,
+        b=first.b,
+        depth=depth,
+        stride_depth=first.b.stride(0),
+        stride_column=first.b.stride(1),
+        a2=None if second is None else second.a,
+        norm2=None if second is None else second.norm,
+        b2=b2,
+        depth2=0 if b2 is None else b2.shape[0],
+        stride_depth2=0 if b2 is None else b2.stride(0),
+        stride_column2=0 if b2 is None else b2.stride(1),
+        out=out,
+        scale=scale,
+        bias=bias,
+        residual=residual,
+        mask=mask,
+        partial=partial,
+        rows=rows,
+        columns=columns,
+        **geometry(gather or scatter),
+        GATHER=gather is not None,
+        SCATTER=scatter is not None,
+        RELU=relu,
+        PRECISION=precision(),
+        **block,
+    )
+    return partial
