@@ -26,7 +26,7 @@ def test_blocks(kind, mode, stride):
 
 @layouts
 def test_stem(layout):
-    x = torch.randn(2, 3, 20, 20).contiguous(memory_format=LAYOUTS[layout])
+    x = torch.randn(1, 3, 12, 12).contiguous(memory_format=LAYOUTS[layout])
     check_numbers(network(), x, "train")
 
 
