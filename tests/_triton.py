@@ -18,6 +18,7 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 from fastres.kernels.triton import launch as launching
+from fastres.kernels.triton.record import record
 
 
 def _to_float(bits: np.ndarray) -> np.ndarray:
@@ -75,12 +76,13 @@ def _call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
 
 
 def _interpret(kernel: Any, grid: tuple[int, ...], options: dict[str, int], arguments: dict[str, Any]) -> None:
+    record(kernel, grid, options, arguments)
     _interpreted(kernel.fn)[grid](**arguments)
 
 
 @contextmanager
 def interpreting() -> Iterator[None]:
-    """All launches in this context are interpreted."""
+    """All launches in this context are checked (record.py), then interpreted."""
     with pytest.MonkeyPatch.context() as patched, launching.launching(_interpret):
         patched.setattr(_Builder, "cast_impl", _cast)
         patched.setattr(_Builder, "create_fp_to_fp", _fp_to_fp)

@@ -139,10 +139,10 @@ def apply_kernel(
     """y = act(batch_norm(x) + residual), and the mask of what the ReLU lets through if there is room for it."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    near, scale, shift, _ = coefficients(mean, var, weight, bias, channel, channel < channels, eps)
+    near, scale, shift, inverse = coefficients(mean, var, weight, bias, channel, channel < channels, eps)
     for first in range(program * BLOCK_ROWS, rows, programs * BLOCK_ROWS):
         row = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_ROWS)
-        offset, exists, _, _ = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
+        offset, exists, byte, bit = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
         z = normalise(tl.load(x + offset, exists, other=0.0), near, scale, shift)
         if residual is not None:
             z += tl.load(residual + offset, exists, other=0.0).to(tl.float32)
@@ -295,7 +295,17 @@ def apply_gradient_kernel(
 
 @triton.jit
 def update_running_stats_kernel(
-    running_mean, running_var, mean, var, num_batches_tracked, momentum, count, channels, BLOCK: tl.constexpr
+    running_mean,
+    running_mean_stride,
+    running_var,
+    running_var_stride,
+    mean,
+    var,
+    num_batches_tracked,
+    momentum,
+    count,
+    channels,
+    BLOCK: tl.constexpr,
 ):
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < channels
@@ -304,12 +314,12 @@ def update_running_stats_kernel(
         factor = 1.0 / tl.load(num_batches_tracked).to(tl.float64)
     size = tl.cast(count, tl.float64)
     unbiased = tl.load(var + channel, inside, other=0.0) * (size / tl.maximum(size - 1.0, 1.0))
-    old = tl.load(running_mean + channel, inside, other=0.0).to(tl.float64)
+    old = tl.load(running_mean + channel * running_mean_stride, inside, other=0.0).to(tl.float64)
     new = old * (1.0 - factor) + tl.load(mean + channel, inside, other=0.0) * factor
-    tl.store(running_mean + channel, new.to(running_mean.dtype.element_ty), inside)
-    old = tl.load(running_var + channel, inside, other=0.0).to(tl.float64)
+    tl.store(running_mean + channel * running_mean_stride, new.to(running_mean.dtype.element_ty), inside)
+    old = tl.load(running_var + channel * running_var_stride, inside, other=0.0).to(tl.float64)
     new = old * (1.0 - factor) + unbiased * factor
-    tl.store(running_var + channel, new.to(running_var.dtype.element_ty), inside)
+    tl.store(running_var + channel * running_var_stride, new.to(running_var.dtype.element_ty), inside)
 
 
 #: Of the kernels that combine what programs left: a few channels each, so that many of them run.
@@ -493,7 +503,9 @@ def update_running_stats_(
         update_running_stats_kernel,
         (triton.cdiv(channels, 256),),
         running_mean=running_mean,
+        running_mean_stride=running_mean.stride(0),
         running_var=running_var,
+        running_var_stride=running_var.stride(0),
         mean=mean,
         var=var,
         num_batches_tracked=num_batches_tracked,
