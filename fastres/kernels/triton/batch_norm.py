@@ -148,19 +148,33 @@ def apply_kernel(
             z += tl.load(residual + offset, exists, other=0.0).to(tl.float32)
         if mask is not None:
             keep = exists & ~(z <= 0.0)
-            store_mask(mask, keep, row, channel, rows, pixels, channels, CHANNELS_LAST, BLOCK_ROWS, BLOCK_CHANNELS)
+            store_mask(mask, keep, row, channel, rows, pixels, channels, CHANNELS_LAST)
         if RELU:
             z = tl.where(z <= 0.0, 0.0, z)
         tl.store(y + offset, z.to(y.dtype.element_ty), exists)
 
 
 @triton.jit
-def behind_relu(g, values, mask, near, scale, shift, exists, byte, bit, RELU: tl.constexpr):
+def behind_relu(
+    g,
+    values,
+    mask,
+    near,
+    scale,
+    shift,
+    row,
+    channel,
+    rows,
+    pixels,
+    channels,
+    RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
     """What the ReLU lets through of the gradient g; values: those of x."""
     if RELU == 1:
         g = tl.where(normalise(values, near, scale, shift) <= 0.0, 0.0, g)
     if RELU == 2:
-        g = tl.where(load_mask(mask, byte, bit, exists), g, 0.0)
+        g = tl.where(load_mask(mask, row, channel, rows, pixels, channels, CHANNELS_LAST), g, 0.0)
     return g
 
 
@@ -194,7 +208,7 @@ def reduce_gradient_kernel(
         offset, exists, byte, bit = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
         values = tl.load(x + offset, exists, other=0.0).to(tl.float32)
         g = tl.load(grad + offset, exists, other=0.0).to(tl.float32)
-        g = behind_relu(g, values, mask, near, scale, shift, exists, byte, bit, RELU)
+        g = behind_relu(g, values, mask, near, scale, shift, row, channel, rows, pixels, channels, RELU, CHANNELS_LAST)
         if masked is not None:
             tl.store(masked + offset, g.to(masked.dtype.element_ty), exists)
         sums += g
@@ -287,7 +301,10 @@ def apply_gradient_kernel(
         values = g
         if TRAINING or RELU == 1:
             values = tl.load(x + offset, exists, other=0.0).to(tl.float32)
-        g = behind_relu(g, values, mask, near, scale, shift, exists, byte, bit, RELU) * factor
+        g = (
+            behind_relu(g, values, mask, near, scale, shift, row, channel, rows, pixels, channels, RELU, CHANNELS_LAST)
+            * factor
+        )
         if TRAINING:
             g += slope * (values - near[None, :]) + constant
         tl.store(grad_x + offset, g.to(grad_x.dtype.element_ty), exists)

@@ -1,4 +1,4 @@
-"""Records launches instead of running them, and checks each: on meta tensors, real sizes cost nothing and need no GPU."""
+"""Records launches instead of running them, and checks each. On meta tensors real sizes cost nothing, and no GPU."""
 
 from __future__ import annotations
 
