@@ -10,3 +10,7 @@ max_packed_bytes: int | None = None
 
 #: Let Winograd's F(4x4, 3x3) serve 3x3 convolutions in float32: two to three times as fast, relative error about 1e-6.
 winograd: bool = True
+
+#: A file of measured block sizes for Triton kernels (fastres/kernels/triton/tuning.py), or None: a plain function of
+#: shape and device decides.
+triton_choices: str | None = None

@@ -5,6 +5,8 @@
     python3 scripts/dev.py bench [arguments]             fastres bench: whole networks, against other engines
     python3 scripts/dev.py bench-ops [pytest arguments]  benchmarks/: every op at the shapes of real layers
     python3 scripts/dev.py bench-cpu [arguments]         benchmarks/cpu.py: everything about the CPU
+    python3 scripts/dev.py kernel-report [arguments]     what compilers make of the Triton kernels, for GPUs not here
+    python3 scripts/dev.py test-triton [pytest arguments]  the tests of the Triton kernels with the oldest Triton
     python3 scripts/dev.py lint | format                 checks, or mends, style and types
     python3 scripts/dev.py python [arguments]            Python, in the environment of the tests
 
@@ -34,10 +36,14 @@ EXTRAS = {
     "bench": ["bench", "peers"],
     "bench-ops": ["test"],
     "bench-cpu": ["bench", "peers", "ncnn"],
+    "kernel-report": ["test"],
+    "test-triton": ["test"],
     "lint": ["lint"],
     "format": ["lint"],
     "python": ["test"],
 }
+# the oldest Triton that a supported PyTorch brings; its interpreter fails with newer NumPy
+OLD_TRITON = ["triton==3.6.0", "numpy>=2,<2.4"]
 OPTIONAL_EXTRAS = {"peers", "ncnn"}  # what is not to be had here is left out
 BUILD_VARIABLES = ("CXX", "CXXFLAGS", "LDFLAGS", "FASTRES_BUILD_EXT", "FASTRES_SANITIZE", "FASTRES_TORCH_DIR")
 
@@ -195,6 +201,8 @@ def install_extra(python: str, extra: str) -> bool:
     """Installs what an extra of pyproject.toml names, without building fastres again. False if something is missing."""
     listed = ask(python, "from importlib.metadata import requires; print(*requires('fastres'), sep='\\n')").splitlines()
     wanted = [line.split(";")[0].strip() for line in listed if re.search(rf"extra\s*==\s*['\"]{extra}['\"]", line)]
+    if "triton" in wanted and ask(python, "import importlib.util as u; print(u.find_spec('triton') or '')"):
+        wanted.remove("triton")  # builds of PyTorch for GPUs bring one, some under another name
     if extra not in OPTIONAL_EXTRAS:
         if not pip(python, *wanted, what=", ".join(wanted)):
             fail(f"could not install the packages of the extra {extra!r}")
@@ -205,18 +213,33 @@ def install_extra(python: str, extra: str) -> bool:
     return not missing
 
 
+def install_old_triton(python: str) -> Path:
+    """A folder that, put on PYTHONPATH, hides the Triton and the NumPy of the environment behind old ones."""
+    place = ROOT / "build" / "triton"
+    stamp = Stamp(place / "stamp", " ".join([*OLD_TRITON, ask(python, "import sys; print(sys.version)")]))
+    if not stamp.current():
+        shutil.rmtree(place, ignore_errors=True)
+        if not pip(python, "--no-deps", "--target", place, *OLD_TRITON, what=" ".join(OLD_TRITON)):
+            fail("could not install the old Triton")
+        stamp.write()
+    return place
+
+
 def commands(name: str, python: str, arguments: list[str]) -> list[list[str]]:
     """The command lines behind a name."""
     module = [python, "-m"]
     sources = sorted(
         str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in (".cpp", ".h", ".inl", ".cu", ".cuh")
     )
+    triton_tests = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_triton*.py"))
     clang_format = [os.path.join(os.path.dirname(python), "clang-format")]
     return {
         "test": [[*module, "pytest", *arguments]],
         "bench": [[*module, "fastres", "bench", *arguments]],
         "bench-ops": [[*module, "pytest", "benchmarks", *arguments]],
         "bench-cpu": [[python, "benchmarks/cpu.py", *arguments]],
+        "kernel-report": [[python, "scripts/kernel_report.py", *arguments]],
+        "test-triton": [[*module, "pytest", *(arguments or triton_tests)]],
         "python": [[python, *arguments]],
         "lint": [
             [*module, "ruff", "check"],
@@ -237,6 +260,10 @@ def main() -> None:
     name, arguments = sys.argv[1], sys.argv[2:]
     python = environment()
     install(python, EXTRAS[name])
+    if name == "test-triton":
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(install_old_triton(python)), os.environ.get("PYTHONPATH")])
+        )
     os.chdir(ROOT)
     steps = commands(name, python, arguments)
     if len(steps) == 1:

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 import fastres  # noqa: E402
 from fastres.kernels import table  # noqa: E402
 from fastres.kernels.triton import launch as launching  # noqa: E402
+from fastres.kernels.triton.record import record  # noqa: E402
 
 
 def _to_float(bits: np.ndarray) -> np.ndarray:
@@ -92,6 +93,7 @@ _LANGUAGE: Any = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
 
 def _interpret(kernel: Any, grid: tuple[int, ...], options: dict[str, int], arguments: dict[str, Any]) -> None:
+    record(kernel, grid, options, arguments)
     scope = interpreter._patch_lang(_LANGUAGE)
     try:
         _interpreted(kernel.fn)[grid](**arguments)
@@ -101,7 +103,7 @@ def _interpret(kernel: Any, grid: tuple[int, ...], options: dict[str, int], argu
 
 @contextmanager
 def interpreting() -> Iterator[None]:
-    """All launches in this context are interpreted."""
+    """All launches in this context are checked (record.py), then interpreted."""
     with pytest.MonkeyPatch.context() as patched, launching.launching(_interpret):
         patched.setattr(_Builder, "cast_impl", _cast)
         patched.setattr(_Builder, "create_fp_to_fp", _fp_to_fp)

@@ -326,6 +326,23 @@ def test_extra_installs_what_it_names(dev, monkeypatch):
     assert dev.install_extra("python", "test") and dev.installed == ["pytest>=8"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_triton_that_came_with_torch_stays(dev, monkeypatch, there):
+    listed = "\n".join([*LISTED, 'triton; extra == "test"'])
+    monkeypatch.setattr(dev, "ask", lambda python, code: listed if "requires" in code else "ModuleSpec" * there)
+    assert dev.install_extra("python", "test")
+    assert dev.installed == ["pytest>=8" if there else "pytest>=8, triton"]
+
+
+def test_old_triton_is_installed_once_and_for_its_python(dev, monkeypatch):
+    asked = []
+    monkeypatch.setattr(dev, "ask", lambda python, code: python)
+    monkeypatch.setattr(dev, "pip", lambda python, *a, what, quiet=True: asked.append((python, what)) or True)
+    places = {dev.install_old_triton(python) for python in ("one", "one", "other")}
+    assert places == {dev.ROOT / "build" / "triton"}
+    assert asked == [("one", "triton==3.6.0 numpy>=2,<2.4"), ("other", "triton==3.6.0 numpy>=2,<2.4")]
+
+
 def test_missing_peer_is_left_out_and_said(dev, monkeypatch, capsys):
     monkeypatch.setattr(dev, "ask", lambda python, code: "\n".join([*LISTED, 'openvino; extra == "peers"']))
     monkeypatch.setattr(dev, "pip", lambda python, *a, what, quiet=True: what != "openvino")

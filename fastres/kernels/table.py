@@ -118,7 +118,7 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         _reference("conv_bn_act_backward"),
     ],
     ("update_running_stats_", "cuda"): [
-        _triton("update_running_stats_", "statistics", triton.update_running_stats_why_not),
+        _triton("update_running_stats_", "statistics", lambda *args: None),
         _reference("update_running_stats_"),
     ],
 }

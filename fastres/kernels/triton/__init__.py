@@ -23,7 +23,6 @@ __all__ = [
     "conv_bn_act_why_not",
     "kernel",
     "unavailable",
-    "update_running_stats_why_not",
     "why_not",
 ]
 
@@ -47,11 +46,6 @@ def conv1x1_bn_act_why_not(x: Tensor, conv_weight: Tensor, *args: Any) -> str | 
 
 def conv1x1_bn_act_backward_why_not(grad_y: Tensor, x: Tensor, *args: Any) -> str | None:
     return conv1x1_bn_act_why_not(x, args[0])
-
-
-def update_running_stats_why_not(*args: Any) -> str | None:
-    vectors = [t for t in args[:4] if not t.is_contiguous()]
-    return "running statistics with gaps between them" if vectors else None
 
 
 def kernel(module: str, op: str) -> Callable[..., Any]:

@@ -67,28 +67,42 @@ def apply_kernel(
     """y = act(batch_norm(x) + residual), and the mask of what the ReLU lets through if there is room for it."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    near, scale, shift, _ = coefficients(mean, var, weight, bias, channel, channel < channels, eps)
+    near, scale, shift, inverse = coefficients(mean, var, weight, bias, channel, channel < channels, eps)
     for first in range(program * BLOCK_ROWS, rows, programs * BLOCK_ROWS):
         row = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_ROWS)
-        offset, exists, _, _ = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
+        offset, exists, byte, bit = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
         z = normalise(tl.load(x + offset, exists, other=0.0), near, scale, shift)
         if residual is not None:
             z += tl.load(residual + offset, exists, other=0.0).to(tl.float32)
         if mask is not None:
             keep = exists & ~(z <= 0.0)
-            store_mask(mask, keep, row, channel, rows, pixels, channels, CHANNELS_LAST, BLOCK_ROWS, BLOCK_CHANNELS)
+            store_mask(mask, keep, row, channel, rows, pixels, channels, CHANNELS_LAST)
         if RELU:
             z = tl.where(z <= 0.0, 0.0, z)
         tl.store(y + offset, z.to(y.dtype.element_ty), exists)
 
 
 @triton.jit
-def behind_relu(g, values, mask, near, scale, shift, exists, byte, bit, RELU: tl.constexpr):
+def behind_relu(
+    g,
+    values,
+    mask,
+    near,
+    scale,
+    shift,
+    row,
+    channel,
+    rows,
+    pixels,
+    channels,
+    RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
     """What the ReLU lets through of the gradient g; values: those of x."""
     if RELU == 1:
         g = tl.where(normalise(values, near, scale, shift) <= 0.0, 0.0, g)
     if RELU == 2:
-        g = tl.where(load_mask(mask, byte, bit, exists), g, 0.0)
+        g = tl.where(load_mask(mask, row, channel, rows, pixels, channels, CHANNELS_LAST), g, 0.0)
     return g
 
 
@@ -122,7 +136,7 @@ def reduce_gradient_kernel(
         offset, exists, byte, bit = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
         values = tl.load(x + offset, exists, other=0.0).to(tl.float32)
         g = tl.load(grad + offset, exists, other=0.0).to(tl.float32)
-        g = behind_relu(g, values, mask, near, scale, shift, exists, byte, bit, RELU)
+        g = behind_relu(g, values, mask, near, scale, shift, row, channel, rows, pixels, channels, RELU, CHANNELS_LAST)
         if masked is not None:
             tl.store(masked + offset, g.to(masked.dtype.element_ty), exists)
         sums += g
@@ -215,7 +229,7 @@ def apply_gradient_kernel(
         values = g
         if TRAINING or RELU == 1:
             values = tl.load(x + offset, exists, other=0.0).to(tl.float32)
-        g = behind_relu(g, values, mask, near, scale, shift, exists, byte, bit, RELU)
+        g = behind_relu(g, values, mask, near, scale, shift, row, channel, rows, pixels, channels, RELU, CHANNELS_LAST)
         if TRAINING:
             g = (g - constant) - slope * (values - near[None, :])
         tl.store(grad_x + offset, (g * factor).to(grad_x.dtype.element_ty), exists)

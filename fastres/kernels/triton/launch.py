@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: (kernel, grid, options, arguments); options: num_warps and num_stages.
+#: (kernel, grid, options, arguments); options: those of Triton, num_warps and num_stages among them.
 Launcher = Callable[[Any, tuple[int, ...], dict[str, int], dict[str, Any]], None]
 
 
@@ -38,7 +38,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages
         num_warps, num_stages: of a program, and of its software pipeline.
         arguments: all arguments of the kernel, by name.
     """
-    _launcher(kernel, grid, {"num_warps": num_warps, "num_stages": num_stages}, arguments)
+    options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "enable_fp_fusion": True,
+    }  # not by default from 3.10 on
+    _launcher(kernel, grid, options, arguments)
 
 
 @contextmanager

@@ -175,7 +175,7 @@ def product_kernel(
     z = finished(sums, scale, bias, residual, offset, exists, column, columns)
     if mask is not None:
         mask += first * tl.cdiv(columns, 8)
-        store_mask(mask, exists & ~(z <= 0.0), row, column, count, 1, columns, True, BLOCK_ROWS, BLOCK_COLUMNS)
+        store_mask(mask, exists & ~(z <= 0.0), row, column, count, 1, columns, True)
     if RELU:
         z = tl.where(z <= 0.0, 0.0, z)
     values = z.to(out.dtype.element_ty)

@@ -50,7 +50,6 @@ def row_product_kernel(
     split, splits = tl.program_id(1), tl.num_programs(1)
     row = tl.arange(0, BLOCK_ROWS)
     here, there = row[:, None] * columns + column[None, :], row[:, None] * depth + channel[None, :]
-    byte, bit = row[:, None] * tl.cdiv(columns, 8) + (column // 8)[None, :], (column % 8)[None, :]
     own = column < tl.where(depth_tile == 0, columns, 0)  # what is of G alone, one program of several writes
     sums = tl.zeros((BLOCK_COLUMNS, BLOCK_DEPTH), tl.float32)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
@@ -60,7 +59,8 @@ def row_product_kernel(
         exists = present & (column < columns)[None, :]
         gradient = tl.load(g + first * columns + here, exists, other=0.0)
         if mask is not None:
-            gradient = tl.where(load_mask(mask + first * tl.cdiv(columns, 8), byte, bit, exists), gradient, 0.0)
+            bits = mask + first * tl.cdiv(columns, 8)
+            gradient = tl.where(load_mask(bits, row, column, rows - turn, 1, columns, True), gradient, 0.0)
         if masked is not None:
             tl.store(masked + first * columns + here, gradient, present & own[None, :])
         if SUMS:

@@ -116,7 +116,17 @@ def fold_statistics_kernel(
 
 @triton.jit
 def update_running_stats_kernel(
-    running_mean, running_var, mean, var, num_batches_tracked, momentum, count, channels, BLOCK: tl.constexpr
+    running_mean,
+    running_mean_stride,
+    running_var,
+    running_var_stride,
+    mean,
+    var,
+    num_batches_tracked,
+    momentum,
+    count,
+    channels,
+    BLOCK: tl.constexpr,
 ):
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < channels
@@ -125,12 +135,12 @@ def update_running_stats_kernel(
         factor = 1.0 / tl.load(num_batches_tracked).to(tl.float64)
     size = tl.cast(count, tl.float64)
     unbiased = tl.load(var + channel, inside, other=0.0) * (size / tl.maximum(size - 1.0, 1.0))
-    old = tl.load(running_mean + channel, inside, other=0.0).to(tl.float64)
+    old = tl.load(running_mean + channel * running_mean_stride, inside, other=0.0).to(tl.float64)
     new = old * (1.0 - factor) + tl.load(mean + channel, inside, other=0.0) * factor
-    tl.store(running_mean + channel, new.to(running_mean.dtype.element_ty), inside)
-    old = tl.load(running_var + channel, inside, other=0.0).to(tl.float64)
+    tl.store(running_mean + channel * running_mean_stride, new.to(running_mean.dtype.element_ty), inside)
+    old = tl.load(running_var + channel * running_var_stride, inside, other=0.0).to(tl.float64)
     new = old * (1.0 - factor) + unbiased * factor
-    tl.store(running_var + channel, new.to(running_var.dtype.element_ty), inside)
+    tl.store(running_var + channel * running_var_stride, new.to(running_var.dtype.element_ty), inside)
 
 
 #: Programs whose statistics one program folds into one; more than four times as many are folded.
@@ -213,7 +223,9 @@ def update_running_stats_(
         update_running_stats_kernel,
         (triton.cdiv(channels, 256),),
         running_mean=running_mean,
+        running_mean_stride=running_mean.stride(0),
         running_var=running_var,
+        running_var_stride=running_var.stride(0),
         mean=mean,
         var=var,
         num_batches_tracked=num_batches_tracked,

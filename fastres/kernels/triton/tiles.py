@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres import layout
+from fastres.kernels.triton import tuning
 from fastres.kernels.triton.launch import multiprocessors
 
 
@@ -41,7 +42,8 @@ class Rows:
         """What kernels take of it."""
         return {
             "rows": self.rows,
-            "pixels": self.pixels,
+            # tile() does not read it in channels_last: a constant, so that one compiled kernel serves all sizes
+            "pixels": 1 if self.channels_last else self.pixels,
             "channels": self.channels,
             "CHANNELS_LAST": self.channels_last,
             "BLOCK_ROWS": self.block_rows,
@@ -50,7 +52,8 @@ class Rows:
 
 
 NUM_WARPS = 8
-_VALUES, _PROGRAMS_EACH = 8192, 2
+#: Values of a tile and programs on a multiprocessor: the choice that Rows explains, then what tuning tries.
+_CUTS = [{"values": v, "programs": p} for v, p in ((8192, 2), (8192, 4), (4096, 2), (4096, 4), (2048, 8))]
 
 
 def rows_of(x: Tensor) -> Rows:
@@ -58,12 +61,18 @@ def rows_of(x: Tensor) -> Rows:
     n, c, h, w = x.shape
     channels_last = layout.is_channels_last(x)
     rows = n * h * w if channels_last else n * triton.cdiv(h * w, 8) * 8
+
+    def key() -> str:
+        order = "channels_last" if channels_last else "contiguous"
+        return f"rows: {c} channels, 2^{rows.bit_length() - 1} rows, {str(x.dtype).removeprefix('torch.')}, {order}"
+
+    cut = tuning.choose(key, x.device, _CUTS)
     block_channels = min(max(triton.next_power_of_2(c), 8), 128) if channels_last else 4
-    block_rows = _VALUES // block_channels
+    block_rows = cut["values"] // block_channels
     if not channels_last or rows < block_rows:
         block_rows = max(8, min(block_rows, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, block_rows)
-    wanted = triton.cdiv(_PROGRAMS_EACH * multiprocessors(x), triton.cdiv(c, block_channels))
+    wanted = triton.cdiv(cut["programs"] * multiprocessors(x), triton.cdiv(c, block_channels))
     return Rows(rows, h * w, c, n * h * w, channels_last, block_rows, block_channels, min(tiles, wanted))
 
 
@@ -95,33 +104,47 @@ def tile(row, channel, rows, pixels, channels, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def load_mask(mask, byte, bit, exists):
-    """The bits of a 1-bit mask, as booleans."""
-    return ((tl.load(mask + byte, exists, other=0).to(tl.int32) >> bit) & 1) != 0
+def mask_bytes(row, channel, rows, pixels, channels, CHANNELS_LAST: tl.constexpr):
+    """Offsets into the mask of the bytes of a tile, one for 8 channels (or 8 rows), and which of them exist."""
+    BLOCK_ROWS: tl.constexpr = row.shape[0]
+    BLOCK_CHANNELS: tl.constexpr = channel.shape[0]
+    if CHANNELS_LAST:
+        channel = tl.min(tl.reshape(channel, (BLOCK_CHANNELS // 8, 8)), axis=1)
+    else:
+        row = tl.min(tl.reshape(row, (BLOCK_ROWS // 8, 8)), axis=1)
+    _, exists, byte, _ = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
+    return byte, exists
 
 
 @triton.jit
-def store_mask(
-    mask,
-    keep,
-    row,
-    channel,
-    rows,
-    pixels,
-    channels,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
+def load_mask(mask, row, channel, rows, pixels, channels, CHANNELS_LAST: tl.constexpr):
+    """The bits of a tile of a 1-bit mask, as booleans. Every byte is loaded once."""
+    BLOCK_ROWS: tl.constexpr = row.shape[0]
+    BLOCK_CHANNELS: tl.constexpr = channel.shape[0]
+    byte, exists = mask_bytes(row, channel, rows, pixels, channels, CHANNELS_LAST)
+    packed = tl.load(mask + byte, exists, other=0).to(tl.int32)
+    if CHANNELS_LAST:
+        bits = (
+            tl.broadcast_to(packed[:, :, None], (BLOCK_ROWS, BLOCK_CHANNELS // 8, 8)) >> tl.arange(0, 8)[None, None, :]
+        )
+    else:
+        bits = (
+            tl.broadcast_to(packed[:, None, :], (BLOCK_ROWS // 8, 8, BLOCK_CHANNELS)) >> tl.arange(0, 8)[None, :, None]
+        )
+    return tl.reshape(bits & 1, (BLOCK_ROWS, BLOCK_CHANNELS)) != 0
+
+
+@triton.jit
+def store_mask(mask, keep, row, channel, rows, pixels, channels, CHANNELS_LAST: tl.constexpr):
     """Packs the booleans of a tile into the mask; `keep` is false where the tile has no values."""
+    BLOCK_ROWS: tl.constexpr = row.shape[0]
+    BLOCK_CHANNELS: tl.constexpr = channel.shape[0]
     bits = keep.to(tl.int32)
     if CHANNELS_LAST:
-        packed = tl.reshape(bits << (channel % 8)[None, :], (BLOCK_ROWS, BLOCK_CHANNELS // 8, 8))
-        first = tl.min(tl.reshape(channel, (BLOCK_CHANNELS // 8, 8)), axis=1)
-        _, exists, byte, _ = tile(row, first, rows, pixels, channels, CHANNELS_LAST)
-        tl.store(mask + byte, tl.sum(packed, axis=2).to(tl.uint8), exists)
+        bits = tl.reshape(bits, (BLOCK_ROWS, BLOCK_CHANNELS // 8, 8)) << tl.arange(0, 8)[None, None, :]
+        packed = tl.sum(bits, axis=2)
     else:
-        packed = tl.reshape(bits << (row % 8)[:, None].to(tl.int32), (BLOCK_ROWS // 8, 8, BLOCK_CHANNELS))
-        first = tl.min(tl.reshape(row, (BLOCK_ROWS // 8, 8)), axis=1)
-        _, exists, byte, _ = tile(first, channel, rows, pixels, channels, CHANNELS_LAST)
-        tl.store(mask + byte, tl.sum(packed, axis=1).to(tl.uint8), exists)
+        bits = tl.reshape(bits, (BLOCK_ROWS // 8, 8, BLOCK_CHANNELS)) << tl.arange(0, 8)[None, :, None]
+        packed = tl.sum(bits, axis=1)
+    byte, exists = mask_bytes(row, channel, rows, pixels, channels, CHANNELS_LAST)
+    tl.store(mask + byte, packed.to(tl.uint8), exists)
