@@ -31,7 +31,7 @@ def coefficients(mean, var, weight, bias, channel, exists, eps):
     """
     exact = tl.load(mean + channel, exists, other=0.0).to(tl.float64)
     near = exact.to(tl.float32)
-    inverse = 1.0 / tl.sqrt(tl.load(var + channel, exists, other=1.0).to(tl.float64) + eps)
+    inverse = tl.rsqrt(tl.load(var + channel, exists, other=1.0).to(tl.float64) + eps)
     scale = inverse
     if weight is not None:
         scale = inverse * tl.load(weight + channel, exists, other=0.0).to(tl.float64)
