@@ -113,7 +113,7 @@ def report(found: Iterable[Launch], targets: Iterable[str]) -> int:
     print("target  kernel                           regs spills  shared holds  matrix; accesses; specialisation")
     for one in sorted(specialisations(found, targets), key=lambda one: (one.launch.name, one.target)):
         code = offline.compiled(one)
-        matrix = ", ".join(f"{n} {name}" for name, n in code.matrix.items()) or "-"
+        matrix = ", ".join(f"{n} {name.replace('.sync.aligned', '')}" for name, n in code.matrix.items()) or "-"
         print(
             f"{one.target:8}{one.launch.name:32}{code.registers:5}{code.spills:7}{code.shared:8}"
             f"{offline.resident(one, code):6}  "
@@ -121,7 +121,7 @@ def report(found: Iterable[Launch], targets: Iterable[str]) -> int:
         )
         faults = offline.faults(one, code)
         for fault in faults:
-            print(f"        FAULT: {fault}")
+            print(f"        FAULT: {fault}", flush=True)
         rows, failed = rows + 1, failed + len(faults)
     print(f"{rows} compiled in {time.monotonic() - start:.0f} s, {failed} faults")
     return failed

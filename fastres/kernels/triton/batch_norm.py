@@ -29,7 +29,7 @@ def coefficients(mean, var, weight, bias, channel, exists, eps):
     """
     exact = tl.load(mean + channel, exists, other=0.0).to(tl.float64)
     near = exact.to(tl.float32)
-    inverse = 1.0 / tl.sqrt(tl.load(var + channel, exists, other=1.0).to(tl.float64) + eps)
+    inverse = tl.rsqrt(tl.load(var + channel, exists, other=1.0).to(tl.float64) + eps)
     scale = inverse
     if weight is not None:
         scale = inverse * tl.load(weight + channel, exists, other=0.0).to(tl.float64)
@@ -129,8 +129,9 @@ def reduce_gradient_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     near, scale, shift, _ = coefficients(mean, var, weight, bias, channel, channel < channels, eps)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    products = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    # two rows of a tile, which one thread holds, are summed up at once: sums take half the registers
+    sums = tl.zeros((BLOCK_ROWS // 2, BLOCK_CHANNELS), tl.float32)
+    products = tl.zeros((BLOCK_ROWS // 2, BLOCK_CHANNELS), tl.float32)
     for first in range(program * BLOCK_ROWS, rows, programs * BLOCK_ROWS):
         row = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_ROWS)
         offset, exists, byte, bit = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
@@ -139,8 +140,9 @@ def reduce_gradient_kernel(
         g = behind_relu(g, values, mask, near, scale, shift, row, channel, rows, pixels, channels, RELU, CHANNELS_LAST)
         if masked is not None:
             tl.store(masked + offset, g.to(masked.dtype.element_ty), exists)
-        sums += g
-        products += tl.where(exists, g * (values - near[None, :]), 0.0)
+        product = tl.where(exists, g * (values - near[None, :]), 0.0)
+        sums += tl.sum(tl.reshape(g, (2, BLOCK_ROWS // 2, BLOCK_CHANNELS)), axis=0)
+        products += tl.sum(tl.reshape(product, (2, BLOCK_ROWS // 2, BLOCK_CHANNELS)), axis=0)
     place = partial + program.to(tl.int64) * channels + channel
     tl.store(place, tl.sum(sums, axis=0), channel < channels)
     tl.store(place + programs.to(tl.int64) * channels, tl.sum(products, axis=0), channel < channels)

@@ -71,7 +71,7 @@ class Compiled:
 
     Attributes:
         registers: of a thread (AMD: vector registers).
-        spills: bytes of a thread's stack, or instructions that access it, where that is more.
+        spills: bytes of a thread's stack, where registers go that are too many.
         shared: bytes of shared memory of a program.
         accesses: (argument, "load" or "store", bytes): how many such instructions. "?": no argument could be told.
         matrix: matrix instructions.
@@ -92,9 +92,9 @@ def compiled(one: Specialisation) -> Compiled:
     code = triton.compile(source, target=TARGETS[one.target].gpu, options=one.options)
     # arguments that are constants do not reach the machine code
     names = [name for name, kind in one.signature.items() if kind != "constexpr"]
-    read = _read_amdgcn if "amdgcn" in code.asm else _read_sass
+    read = _read_amdgcn if "amdgcn" in code.asm else _read_cubin
     registers, spills, instructions = read(code.asm)
-    matrix = Counter(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA|v_mfma)[\w.]*", instructions))
+    matrix = Counter(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)[\w.:]*", instructions))
     dot = "tt.dot" in code.asm["ttir"]
     return Compiled(registers, spills, code.metadata.shared, accesses(code.asm["llir"], names), matrix, dot)
 
@@ -103,18 +103,14 @@ def _number(pattern: str, text: str) -> int:
     return sum(int(found) for found in re.findall(pattern, text))
 
 
-def _read_sass(asm: dict[str, Any]) -> tuple[int, int, str]:
-    """Registers, spills and instructions of a cubin."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, str]:
+    """Registers, bytes of the stack, and the instructions (PTX: to disassemble takes longer than to compile)."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([str(tools / tool), option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    spills = max(_number(r"(?:STACK|LOCAL):(\d+)", usage), len(re.findall(r"\b(?:LDL|STL)\b", sass)))
-    return _number(r"REG:(\d+)", usage), spills, sass
+        done = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return _number(r"REG:(\d+)", done.stdout), _number(r"(?:STACK|LOCAL):(\d+)", done.stdout), asm["ptx"]
 
 
 def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int, str]:
@@ -226,7 +222,7 @@ def faults(one: Specialisation, code: Compiled) -> list[str]:
         least = 8 if amd and code.dot and kind == "store" else 16
         if width < least and (name == "?" or wide(tensors[name])):
             found.append(f"{kind}s {name} {width} bytes at a time")
-    sixteen = [name for name in code.matrix if "TF32" not in name and not name.endswith("f32")]
+    sixteen = [name for name in code.matrix if "f16" in name]  # or bf16
     if code.dot and not sixteen and any(t.is_activation and t.dtype.itemsize == 2 for t in tensors.values()):
         found.append("no matrix instructions of 16-bit values")
     return found
