@@ -3,13 +3,14 @@ PYTHON ?= python3
 DEV = $(PYTHON) scripts/dev.py
 comma := ,
 
-.PHONY: help test bench bench-ops bench-cpu test-matrix test-sanitize lint format clean
+.PHONY: help test bench bench-ops bench-cpu bench-gpu test-matrix test-sanitize lint format clean
 
 help:
 	@echo "make test           the tests                                    ARGS='-k fuse' goes to pytest"
 	@echo "make bench          whole networks against other engines         ARGS='resnet34 --mode infer' goes to fastres bench"
 	@echo "make bench-ops      every op at the shapes of real layers        ARGS goes to pytest"
 	@echo "make bench-cpu      networks, layers, memory, sweeps on the CPU  ARGS='layers depth': these parts; --help lists all"
+	@echo "make bench-gpu      ceilings, ops, layers, networks on a GPU     ARGS='--list' names what it measures"
 	@echo "make test-matrix    the tests with the oldest, a middle and the newest PyTorch"
 	@echo "make test-sanitize  the kernels under a sanitizer                KIND=undefined or address (default: both)"
 	@echo "make lint           ruff, clang-format, mypy"
@@ -19,7 +20,7 @@ help:
 	@echo "TORCH='torch==2.11.0'  what pip installs into .venv; without it, an active environment with PyTorch is used"
 	@echo "PYTHON=python3.12      which Python"
 
-test bench bench-ops bench-cpu:
+test bench bench-ops bench-cpu bench-gpu:
 	@$(DEV) $@ $(ARGS)
 
 lint format:

@@ -5,6 +5,7 @@
     python3 scripts/dev.py bench [arguments]             fastres bench: whole networks, against other engines
     python3 scripts/dev.py bench-ops [pytest arguments]  benchmarks/: every op at the shapes of real layers
     python3 scripts/dev.py bench-cpu [arguments]         benchmarks/cpu.py: everything about the CPU
+    python3 scripts/dev.py bench-gpu [arguments]         benchmarks/gpu.py: everything about a GPU
     python3 scripts/dev.py lint | format                 checks, or mends, style and types
     python3 scripts/dev.py python [arguments]            Python, in the environment of the tests
 
@@ -34,6 +35,7 @@ EXTRAS = {
     "bench": ["bench", "peers"],
     "bench-ops": ["test"],
     "bench-cpu": ["bench", "peers", "ncnn"],
+    "bench-gpu": ["bench"],
     "lint": ["lint"],
     "format": ["lint"],
     "python": ["test"],
@@ -217,6 +219,7 @@ def commands(name: str, python: str, arguments: list[str]) -> list[list[str]]:
         "bench": [[*module, "fastres", "bench", *arguments]],
         "bench-ops": [[*module, "pytest", "benchmarks", *arguments]],
         "bench-cpu": [[python, "benchmarks/cpu.py", *arguments]],
+        "bench-gpu": [[python, "benchmarks/gpu.py", *arguments]],
         "python": [[python, *arguments]],
         "lint": [
             [*module, "ruff", "check"],
