@@ -63,8 +63,14 @@ class Stopwatch:
         for index in range(self.rounds):
             shift = index % max(len(names), 1)
             for name in names[shift:] + names[:shift]:
-                samples[name].append(self._turn(calls[name], sets, *plans[name]))
-        for name, seconds in samples.items():
+                try:
+                    samples[name].append(self._turn(calls[name], sets, *plans[name]))
+                except Exception as error:
+                    found[name] = {"failed": reason(error)}
+        for name in names:
+            if name in found:
+                continue
+            seconds = samples[name]
             timing = stats.timing([[value] for value in seconds])
             about = {"seconds": timing.median, "low_seconds": timing.low, "high_seconds": timing.high}
             found[name] = {**about, "samples": seconds}
