@@ -12,6 +12,7 @@
     ops           every normalising op at the shapes of ResNet-50 and -18: GB/s, share of the copy's
     convolutions  every convolution of ResNet-50: cuDNN, its fused forms, our kernels: TFLOP/s, share of the product's
     algebraic     matrix products of the library for the algebraic batch norm, beside the ordinary way
+    split         where the time of a training step goes: convolutions, normalising, the rest; the longest kernels
 
 A stage has units. Each is written into one file, gpu-<device>.json, as soon as it is measured, with device, versions,
 date and command; a run goes on with those that are missing. Needs PyTorch, Triton and NumPy only.
@@ -37,6 +38,7 @@ import gpu_networks
 import gpu_ops
 import gpu_plots
 import gpu_products
+import gpu_profile
 import gpu_tables
 import torch
 from gpu_timing import Stopwatch, reason
@@ -46,7 +48,7 @@ from fastres.bench.process import ContenderError
 from fastres.errors import UserError
 
 HERE = Path(__file__).parent / "results"
-STAGES = ("ceilings", "ops", "networks", "parity", "convolutions", "algebraic")
+STAGES = ("ceilings", "ops", "networks", "parity", "convolutions", "algebraic", "split")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -136,6 +138,7 @@ def units(options: argparse.Namespace, results: Results) -> list[Unit]:
         Unit("convolutions/bf16", 60, needing(gpu_products.convolutions)),
         *networks[1:2],
         Unit("algebraic/bf16", 20, needing(gpu_products.algebraic)),
+        Unit(f"split/{speed[0].name}", 30, lambda say: gpu_profile.split(speed[0], device, say)),
         *networks[2:6],
         *(network("parity", point) for point in parity[:6]),
         ops["fp32"],

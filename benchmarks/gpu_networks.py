@@ -106,7 +106,7 @@ def measure(point: Point, device: str, quick: bool, timeout: float, say: Callabl
         device=device,
         contenders=list(point.contenders),
         rounds=3 if quick or point.parity else 11,
-        seconds=0.1 if quick or point.parity else 6.0,
+        seconds=0.1 if quick or point.parity else 10.0,
         size=point.size,
         timeout=timeout,
         synthetic=bool(why_synthetic()) or quick,

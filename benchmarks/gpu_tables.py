@@ -149,8 +149,25 @@ def networks(table: dict[str, Any]) -> str:
     return "\n".join([title, columns(head, rows), *others, *report.warnings(table)])
 
 
+def split(result: dict[str, Any]) -> str:
+    kinds = list(result["contenders"][0]["kinds"])
+    rows = [
+        (row["name"], *(f"{value * 1e3:.3f}" for value in (row["seconds"], *row["kinds"].values())))
+        for row in result["contenders"]
+    ]
+    parts = [f"{result['title']}: ms of a step's kernels\n{columns(('contender', 'all', *kinds), rows)}"]
+    for row in result["contenders"]:
+        longest = [
+            (one["name"][:90], one["kind"], f"{one['seconds'] * 1e3:.3f}", f"{one['calls']:g}")
+            for one in row["longest"][:12]
+        ]
+        parts.append(columns((f"longest of {row['name']}", "kind", "ms", "calls"), longest))
+    return "\n\n".join(parts)
+
+
 _STAGES = {
     "ceilings": ceilings,
+    "split": split,
     "ops": ops,
     "networks": networks,
     "parity": networks,

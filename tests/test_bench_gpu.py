@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from fastres import images
-from fastres.bench import harness, table
+from fastres.bench import harness, process, table
 from fastres.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-gpu, gpu_networks, gpu_ops, gpu_plots, gpu_products, gpu_tables, gpu_timing = (
-    importlib.import_module(name)
-    for name in ("gpu", "gpu_networks", "gpu_ops", "gpu_plots", "gpu_products", "gpu_tables", "gpu_timing")
+gpu, gpu_networks, gpu_ops, gpu_plots, gpu_products, gpu_profile, gpu_tables, gpu_timing = (
+    importlib.import_module(f"gpu{name}")
+    for name in ("", "_networks", "_ops", "_plots", "_products", "_profile", "_tables", "_timing")
 )
 CEILINGS = {"copy": 100.0, "bandwidth": {"1024": 100.0}, "flops": {"bfloat16": 1000.0}, "size": 8}
 
@@ -162,6 +162,13 @@ def test_fastres_in_a_graph_is_no_peer() -> None:
     rows = [row("channels_last", 3.0), row("compile", 2.0), row("fastres", 1.5), row("fastres_graph", 1.0)]
     assert harness.compare(rows, 1) == "compile"
     assert rows[3]["vs_best_peer"]["ratio"] == 2.0
+
+
+def test_kernels_of_triton_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert process.environment(1, "here")["TRITON_CACHE_DIR"] == "here/triton"
+    monkeypatch.setenv("FASTRES_BENCH_TRITON", "/kept")
+    found = process.environment(1, "here")
+    assert found["TRITON_CACHE_DIR"] == "/kept" and found["TORCHINDUCTOR_CACHE_DIR"] == "here/inductor"
 
 
 def test_tf32_needs_a_gpu() -> None:
@@ -348,3 +355,33 @@ def test_our_products_compute_what_cudnn_computes(r: int, stride: int) -> None:
     for name, found in got.items():
         found = found[0] if isinstance(found, tuple) else found
         torch.testing.assert_close(found, want[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "convolution"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_TNT", "convolution"),
+        ("void at::native::batch_norm_transform_input_channels_last_kernel<...>", "normalise"),
+        ("reduce_gradient_kernel", "normalise"),
+        ("apply_kernel", "normalise"),
+        ("row_product_kernel", "convolution"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...>", "optimizer"),
+        ("Memset (Device)", "rest"),
+    ],
+)
+def test_kinds_of_kernels(name: str, kind: str) -> None:
+    assert gpu_profile.kind(name) == kind
+
+
+def test_split_of_a_step() -> None:
+    found = gpu_profile.summary([("conv", 2.0, 1.0), ("batch_norm", 3.0, 2.0), ("other", 1.0, 1.0)])
+    assert found["seconds"] == 6.0 and found["kinds"] == {
+        "normalise": 3.0,
+        "convolution": 2.0,
+        "optimizer": 0.0,
+        "rest": 1.0,
+    }
+    assert [one["name"] for one in found["longest"]] == ["batch_norm", "conv", "other"]
+    shown = gpu_tables.text("split", {"title": "a", "contenders": [{"name": "fastres", **found}]})
+    assert "longest of fastres" in shown
