@@ -46,6 +46,7 @@ from gpu_timing import Stopwatch, reason
 from fastres.bench import machine, report
 from fastres.bench.process import ContenderError
 from fastres.errors import UserError
+from fastres.kernels import table
 
 HERE = Path(__file__).parent / "results"
 STAGES = ("ceilings", "ops", "networks", "parity", "convolutions", "algebraic", "split")
@@ -215,6 +216,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"{report.machine_line(now)}\n{len(picked) - len(todo)} of {len(picked)} units are done already", flush=True)
     if why := gpu_networks.why_synthetic():
         print(why)
+    if why := table.no_fused_kernel("bn_act", options.device):
+        print(f"fastres runs eager code here: {why}")
     failed = measure(todo, results, options.minutes)
     for path, why in gpu_plots.draw(results.units, results.path):
         print(f"{path}: {why}" if why else f"chart: {path}")

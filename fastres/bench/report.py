@@ -149,7 +149,7 @@ def machine_line(result: dict[str, Any]) -> str:
     ]
     where = [found["cpu"]["model"], f"{found['cpu']['cores']} cores", " ".join(isa)]
     if gpu := found.get("gpu"):
-        libraries += [f"triton {versions['triton']}"] if "triton" in versions else []
+        libraries = [f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions]
         libraries += [f"CUDA {gpu['cuda']}", f"cuDNN {gpu['cudnn']}", f"driver {gpu['driver']}"]
         where = [gpu["name"]]
     return ", ".join(filter(None, [*where, *libraries, result["date"][:10]]))
