@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEV = $(PYTHON) scripts/dev.py
 comma := ,
 
-.PHONY: help test bench bench-ops bench-cpu kernel-report test-triton test-matrix test-sanitize lint format clean
+.PHONY: help test bench bench-ops bench-cpu bench-gpu kernel-report test-triton test-matrix test-sanitize lint format clean
 
 help:
 	@echo "make test           the tests                                    ARGS='-k fuse' goes to pytest"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench-cpu      networks, layers, memory, sweeps on the CPU  ARGS='layers depth': these parts; --help lists all"
 	@echo "make kernel-report  what compilers make of the Triton kernels, for GPUs not here   ARGS='--kernel apply --targets sm_90'"
 	@echo "make test-triton    the tests of the Triton kernels with the oldest Triton         ARGS goes to pytest"
+	@echo "make bench-gpu      ceilings, ops, layers, networks on a GPU     ARGS='--list' names what it measures"
 	@echo "make test-matrix    the tests with the oldest, a middle and the newest PyTorch"
 	@echo "make test-sanitize  the kernels under a sanitizer                KIND=undefined or address (default: both)"
 	@echo "make lint           ruff, clang-format, mypy"
@@ -21,7 +22,7 @@ help:
 	@echo "TORCH='torch==2.11.0'  what pip installs into .venv; without it, an active environment with PyTorch is used"
 	@echo "PYTHON=python3.12      which Python"
 
-test bench bench-ops bench-cpu kernel-report test-triton:
+test bench bench-ops bench-cpu bench-gpu kernel-report test-triton:
 	@$(DEV) $@ $(ARGS)
 
 lint format:

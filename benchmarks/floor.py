@@ -97,8 +97,8 @@ def _count(
     counts[network] = counts.get(network, 0) + 1
 
 
-def work(shape: Shape, batch: int, method: int) -> Work:
-    """What one call needs, by the method of kernels.convolution with this number."""
+def work(shape: Shape, batch: int, method: int, itemsize: int = 4) -> Work:
+    """What one call needs, by the method of kernels.convolution with this number; itemsize: bytes of a value."""
     c, h, k, r, stride, groups = shape
     out = -(-h // stride)
     multiplications = direct = batch * out * out * c // groups * k * r * r
@@ -108,5 +108,5 @@ def work(shape: Shape, batch: int, method: int) -> Work:
     if tile:
         weights = c * k * (tile + 2) ** 2
         multiplications = batch * (-(-out // tile)) ** 2 * weights
-    moved = 4 * (batch * h * h * c + batch * out * out * k + weights)
+    moved = itemsize * (batch * h * h * c + batch * out * out * k + weights)
     return Work(name, 2 * direct, 2 * multiplications, moved)

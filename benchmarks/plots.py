@@ -60,7 +60,7 @@ def sweep(result: dict[str, Any], along: str, path: Path) -> None:
     figure.legend(
         lines.values(), lines, loc="outside lower center", ncols=min(len(lines), 6), fontsize=9, frameon=False
     )
-    _save(figure, report.machine_line(result), path, 66 * columns)
+    save(figure, report.machine_line(result), path, 66 * columns)
 
 
 def _panel(table: dict[str, Any], along: str) -> str:
@@ -127,10 +127,11 @@ def layers(result: dict[str, Any], lagging: float, path: Path) -> None:
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
-    _save(figure, report.machine_line(result), path, 60 * len(tables))
+    save(figure, report.machine_line(result), path, 60 * len(tables))
 
 
-def _save(figure: Any, header: str, path: Path, width: int) -> None:
+def save(figure: Any, header: str, path: Path, width: int) -> None:
+    """Under `header`, which is broken into lines of `width` letters."""
     figure.suptitle("\n".join(textwrap.wrap(header, width)), fontsize=9, x=0.01, ha="left", color=_TEXT)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -112,7 +112,7 @@ Examples:
     )
     bench.add_argument("--batch", type=int, nargs="+", metavar="N", help="batch sizes (default: 1 and 16, training 16)")
     bench.add_argument(
-        "--dtype", default="float32", help="float32, bfloat16 or float16 (inference: cast, training: autocast)"
+        "--dtype", default="float32", help="float32, bfloat16, float16 (inference: cast, training: autocast) or tf32"
     )
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     bench.add_argument(

@@ -18,7 +18,7 @@ from fastres.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["calibrate_", "photographs"]
+__all__ = ["calibrate_", "photographs", "synthetic"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,6 +57,19 @@ def photographs(n: int, size: int = 224, *, folder: str | os.PathLike[str] | Non
             batch[index] = _crop(image, size, random.Random(f"{seed}/{index}"))
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return batch.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+
+
+def synthetic(n: int, size: int = 224, *, seed: int = 0) -> Tensor:
+    """What stands in for photographs where nothing can decode them: noise in which, as in photographs, structures of
+    every size weigh the same. float32 (n, 3, size, size), with mean 0 and variance 1."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.zeros(n, 3, size, size)
+    width = 1
+    while width <= size:
+        noise = torch.randn(n, 3, width, width, generator=generator)
+        images += nn.functional.interpolate(noise, (size, size), mode="bilinear", align_corners=False)
+        width *= 2
+    return (images - images.mean((2, 3), keepdim=True)).div_(images.std((2, 3), keepdim=True).clamp_min_(1e-6))
 
 
 def _bundled() -> list[Callable[[], Image]]:

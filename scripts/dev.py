@@ -7,6 +7,7 @@
     python3 scripts/dev.py bench-cpu [arguments]         benchmarks/cpu.py: everything about the CPU
     python3 scripts/dev.py kernel-report [arguments]     what compilers make of the Triton kernels, for GPUs not here
     python3 scripts/dev.py test-triton [pytest arguments]  the tests of the Triton kernels with the oldest Triton
+    python3 scripts/dev.py bench-gpu [arguments]         benchmarks/gpu.py: everything about a GPU
     python3 scripts/dev.py lint | format                 checks, or mends, style and types
     python3 scripts/dev.py python [arguments]            Python, in the environment of the tests
 
@@ -38,6 +39,7 @@ EXTRAS = {
     "bench-cpu": ["bench", "peers", "ncnn"],
     "kernel-report": ["test"],
     "test-triton": ["test"],
+    "bench-gpu": ["bench"],
     "lint": ["lint"],
     "format": ["lint"],
     "python": ["test"],
@@ -240,6 +242,7 @@ def commands(name: str, python: str, arguments: list[str]) -> list[list[str]]:
         "bench-cpu": [[python, "benchmarks/cpu.py", *arguments]],
         "kernel-report": [[python, "scripts/kernel_report.py", *arguments]],
         "test-triton": [[*module, "pytest", *(arguments or triton_tests)]],
+        "bench-gpu": [[python, "benchmarks/gpu.py", *arguments]],
         "python": [[python, *arguments]],
         "lint": [
             [*module, "ruff", "check"],

@@ -6,11 +6,12 @@ A contender is built, set up (timed, up to its first result) and stepped (timed)
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ class Contender(ABC):
     modes: tuple[str, ...] = ("infer", "train")
     one_mode = False  # whether it needs a new process for the other mode
     exported_by = ""  # the form of the model that it reads, see Task.exports
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "tf32")
+    captured_peak = 0  # bytes of device memory at the peak of a CUDA graph's capture: its replays allocate nothing
 
     @classmethod
     def why_not(cls, mode: str, dtype: str, device: str) -> str | None:
@@ -64,6 +66,15 @@ class Contender(ABC):
     def step(self) -> None:
         """One iteration, finished when it returns."""
 
+    def timed(self, iterations: int) -> list[float]:
+        """Seconds of each of some iterations."""
+        samples = []
+        for _ in range(iterations):
+            start = time.perf_counter()
+            self.step()
+            samples.append(time.perf_counter() - start)
+        return samples
+
     def after_setup(self) -> dict[str, Any]:
         """What is to be said once it is set up: the error of its first result against float64."""
         return {}
@@ -90,8 +101,14 @@ class Eager(Contender):
         folder = task.folder
         self.model = build_model(task.model)
         self.model.load_state_dict(torch.load(f"{folder}/weights.pt", weights_only=True))
-        dtype = self.compute_dtype or getattr(torch, task.dtype)
+        if task.dtype == "tf32":
+            torch.set_float32_matmul_precision("high")  # convolutions may use it anyway
+        dtype = self.compute_dtype or (torch.float32 if task.dtype == "tf32" else getattr(torch, task.dtype))
         self.autocast = task.mode == "train" and dtype in (torch.bfloat16, torch.float16)
+        self.autocast_dtype = dtype if self.autocast else None
+        # So small that nothing overflows in the first step, whose gradients are compared.
+        scaled = self.autocast and dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(task.device, init_scale=16.0, enabled=scaled)
         self.dtype = torch.float32 if self.autocast else dtype
         self.model.to(task.device, self.dtype).train(task.mode == "train")
         images = np.load(f"{folder}/images.npy", mmap_mode="r")[: task.batch]
@@ -115,26 +132,51 @@ class Eager(Contender):
             self.loss = self.train_step()
         self.synchronize()
 
-    def train_step(self) -> torch.Tensor:
-        with torch.autocast(self.task.device, getattr(torch, self.task.dtype), enabled=self.autocast):
+    def forward_backward(self) -> torch.Tensor:
+        """The loss, after its gradients (times the scale of fp16) were computed."""
+        with torch.autocast(self.task.device, self.autocast_dtype, enabled=self.autocast):
             loss = nn.functional.cross_entropy(self.call(self.images), self.labels)
-        loss.backward()
-        self.optimizer.step()
+        self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def step(self) -> None:
+    def optimize(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def train_step(self) -> torch.Tensor:
+        loss = self.forward_backward()
+        self.optimize()
+        return loss
+
+    def start(self) -> None:
+        """One iteration; on a GPU it may still be running."""
         if self.task.mode == "infer":
             with torch.no_grad():
                 self.call(self.images)
         else:
             self.optimizer.zero_grad(set_to_none=True)
             self.train_step()
+
+    def step(self) -> None:
+        self.start()
         self.synchronize()
+
+    def timed(self, iterations: int) -> list[float]:
+        """On a GPU iterations follow each other without waiting, as in training; its own clock tells their times."""
+        if self.task.device != "cuda":
+            return super().timed(iterations)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(iterations + 1)]
+        events[0].record()
+        for event in events[1:]:
+            self.start()
+            event.record()
+        self.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
 
     def saved(self) -> dict[str, int]:
         """What one training step keeps for its backward pass: bytes, and the number of storages."""
         with SavedTensors(self.model) as found:
-            self.step()
+            self.train_step()  # also of a contender whose steps are replays
         return {"bytes": found.bytes, "storages": found.storages}
 
     def synchronize(self) -> None:
@@ -173,6 +215,7 @@ class ChannelsLast(Eager):
 class Compile(ChannelsLast):
     title = "torch.compile"
     one_mode = True  # what it keeps of one mode would count as memory of the other
+    options: ClassVar[dict[str, str]] = {}
 
     def prepare(self) -> None:
         super().prepare()
@@ -181,7 +224,7 @@ class Compile(ChannelsLast):
 
             inductor.freezing = True  # in this process only, which has one mode
         torch._dynamo.reset()
-        self.call = torch.compile(self.model, dynamic=False)
+        self.call = torch.compile(self.model, dynamic=False, **self.options)  # type: ignore[call-overload]
 
 
 class Fastres(ChannelsLast):

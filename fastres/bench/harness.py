@@ -18,7 +18,7 @@ from typing import Any
 
 from fastres import images as photographs
 from fastres.bench import machine, stats
-from fastres.bench.table import CONTENDERS, REFERENCE, Entry, Group, Limits, Table, contender_class
+from fastres.bench.table import CONTENDERS, GPU_CONTENDERS, REFERENCE, Entry, Group, Limits, Table, contender_class
 from fastres.bench.task import DTYPES, Task, prepared_model, write_files
 from fastres.errors import UserError
 from fastres.models import image_size
@@ -46,8 +46,11 @@ class Options:
     size: int = 0  # of the images; 0: what each model is made for
     checkpoint: str | None = None
     images: str | None = None
+    synthetic: bool = False  # images that need neither scikit-learn nor Pillow
     seed: int = 0
     timeout: float = 300.0
+    reference: bool = True  # whether errors against float64 are measured
+    saved: bool = False  # whether what a training step saves for backward is counted
 
     def check(self) -> None:
         """Fill in defaults that depend on the machine.
@@ -68,9 +71,11 @@ class Options:
             raise UserError(f"--size must be above zero, not {self.size}")
         if self.threads < 0:
             raise UserError(f"--threads must be above zero, not {self.threads}")
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
-        if unknown := [name for name in self.contenders if name not in CONTENDERS]:
+        if self.dtype not in (*DTYPES, "tf32"):
+            raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, tf32, not {self.dtype}")
+        if self.dtype == "tf32" and self.device != "cuda":
+            raise UserError("--dtype tf32 needs --device cuda")
+        if unknown := [name for name in self.contenders if name not in CONTENDERS | GPU_CONTENDERS]:
             raise UserError(f"no contender is named {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
         if self.device == "cuda":
             import torch
@@ -106,6 +111,7 @@ def _row(entry: Entry, task: Task) -> dict[str, Any]:
         "same_top1": facts.get("same_top1"),
         "loss_error": facts.get("loss_error"),
         "idle_cpu_share": entry.idle_cpu / entry.idle if entry.idle else 0.0,
+        **({"saved_bytes": facts["saved_bytes"]} if "saved_bytes" in facts else {}),
         "samples": entry.samples,
     }
 
@@ -119,7 +125,7 @@ def compare(rows: list[dict[str, Any]], batch: int) -> str | None:
     peer's name."""
     good = {row["name"]: row for row in rows if row["status"] == "ok"}
     base = good.get(BASELINE)
-    peers = [row for row in good.values() if row["name"] != OURS]
+    peers = [row for row in good.values() if not row["name"].startswith(OURS)]
     best = min(peers, key=lambda row: row["median_seconds"], default=None)
     for row in good.values():
         time_ = _timing(row)
@@ -158,7 +164,10 @@ def run(options: Options, say: Say = lambda text, share: None) -> dict[str, Any]
         for model in options.models:  # all before the first is measured: a typing error must not cost minutes
             folders.append(tempfile.mkdtemp(dir=root))
             size = options.size or image_size(model)
-            images = photographs.photographs(most, size, folder=options.images, seed=options.seed)
+            if options.synthetic:
+                images = photographs.synthetic(most, size, seed=options.seed)
+            else:
+                images = photographs.photographs(most, size, folder=options.images, seed=options.seed)
             prepared = prepared_model(model, images[:_CALIBRATION_IMAGES], options.checkpoint, options.seed)
             write_files(prepared, images, folders[-1])
         for model, folder in zip(options.models, folders, strict=True):
@@ -192,15 +201,18 @@ def _run_model(model: str, options: Options, folder: str, tell: Callable[[str, i
     tasks = [
         Task(model, mode, batch, *about, folder, exports) for mode in options.modes for batch in options.batches[mode]
     ]
-    limits = Limits(options.rounds, options.seconds, options.timeout)
+    limits = Limits(options.rounds, options.seconds, options.timeout, options.saved and options.modes == ["train"])
     tables: list[dict[str, Any]] = []
     references = []
-    group = Group([*names, REFERENCE], options.threads, folder)
+    group = Group([*names, *([REFERENCE] if options.reference else [])], options.threads, folder)
     try:
-        for task in tasks:
+        for task in tasks if options.reference else ():
             tell(f"{task.title}: float64 reference", 0)
             references.append(group.reference(task, options.timeout))
-        group.end(REFERENCE)
+        if options.reference:
+            group.end(REFERENCE)
+        else:
+            references = [{} for _ in tasks]
         for task, facts in zip(tasks, references, strict=True):
             if tables and tables[-1]["mode"] != task.mode:
                 group.end(*(name for name in names if kinds[name].one_mode or skipped[task.mode][name]))

@@ -88,6 +88,35 @@ def physical_cores() -> int:
     return max(1, found["cores"] // found["threads_per_core"])
 
 
+def gpu() -> dict[str, Any]:
+    """The CUDA device that is used, its driver and libraries; nothing where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "l2_mib": round(found.L2_cache_size / 2**20, 1),
+        "driver": _driver(),
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _driver() -> str:
+    """Version of NVIDIA's driver, or nothing where its tool is not there."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        return (found.strip().splitlines() or [""])[0]
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def memory_bytes() -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -45,7 +45,8 @@ def write(result: dict[str, Any], path: Path) -> None:
         slow = [speed - task["batch"] / row["high_seconds"] for speed, row in zip(speeds, rows, strict=True)]
         fast = [task["batch"] / row["low_seconds"] - speed for speed, row in zip(speeds, rows, strict=True)]
         names = [row["name"] for row in rows]
-        colors = [_OURS if name == "fastres" else _BEST_PEER if name == task["best_peer"] else _PEER for name in names]
+        best = task["best_peer"]
+        colors = [_OURS if n.startswith("fastres") else _BEST_PEER if n == best else _PEER for n in names]
         places = range(len(rows), 0, -1)
         axis.barh(
             places, speeds, xerr=[slow, fast], color=colors, height=0.72, error_kw={"ecolor": _TEXT, "elinewidth": 0.8}

@@ -32,13 +32,14 @@ class ContenderError(RuntimeError):
 
 
 def environment(threads: int, folder: str) -> dict[str, str]:
-    """Environment of every contender: the same thread count, the same fastres, cold compile caches."""
+    """Environment of every contender: the same thread count, the same fastres, cold compile caches (but for Triton's
+    kernels where FASTRES_BENCH_TRITON names a folder that keeps them: minutes of a lent GPU)."""
     env = {key: value for key, value in os.environ.items() if key not in _WAIT_POLICIES}
     package = str(Path(fastres.__file__).resolve().parent.parent)
     env["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [env.get("PYTHONPATH")])])
     env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(threads)
     env["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "inductor")
-    env["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
+    env["TRITON_CACHE_DIR"] = os.environ.get("FASTRES_BENCH_TRITON") or os.path.join(folder, "triton")
     env["PYTHONWARNINGS"] = "ignore"
     return env
 

@@ -147,8 +147,12 @@ def machine_line(result: dict[str, Any]) -> str:
     isa = [
         flag for flag in found["cpu"]["isa"] if flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
     ]
-    parts = [found["cpu"]["model"], f"{found['cpu']['cores']} cores", " ".join(isa), *libraries, result["date"][:10]]
-    return ", ".join(filter(None, parts))
+    where = [found["cpu"]["model"], f"{found['cpu']['cores']} cores", " ".join(isa)]
+    if gpu := found.get("gpu"):
+        libraries = [f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions]
+        libraries += [f"CUDA {gpu['cuda']}", f"cuDNN {gpu['cudnn']}", f"driver {gpu['driver']}"]
+        where = [gpu["name"]]
+    return ", ".join(filter(None, [*where, *libraries, result["date"][:10]]))
 
 
 def default_stem(date: str) -> Path:

@@ -28,6 +28,11 @@ CONTENDERS = {
     "ncnn": "fastres.bench.peers:Ncnn",
     "fastres": "fastres.bench.contenders:Fastres",
 }
+#: Those that only GPUs know; `benchmarks/gpu.py` names them.
+GPU_CONTENDERS = {
+    "autotune": "fastres.bench.graphs:Autotune",
+    "fastres_graph": "fastres.bench.graphs:FastresGraph",
+}
 REFERENCE = "fastres.bench.contenders:Reference"
 
 _TURN_SECONDS = 0.2  # a turn is at least one iteration
@@ -39,11 +44,12 @@ _RUN_TIMEOUT = 120.0
 
 class Limits(NamedTuple):
     """How long a table may take: rounds at most, seconds for all rounds (three run at least), seconds for one
-    set-up."""
+    set-up. saved: whether to count what is saved for backward."""
 
     rounds: int
     seconds: float
     timeout: float
+    saved: bool = False
 
 
 class Entry:
@@ -61,7 +67,7 @@ class Entry:
 
 def contender_class(name: str) -> Any:
     """The class of a contender by its key."""
-    module, _, attribute = CONTENDERS[name].partition(":")
+    module, _, attribute = (CONTENDERS | GPU_CONTENDERS)[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
@@ -76,7 +82,7 @@ class Group:
             self.start(name)
 
     def start(self, name: str) -> Process:
-        kind = CONTENDERS.get(name, REFERENCE)
+        kind = (CONTENDERS | GPU_CONTENDERS).get(name, REFERENCE)
         self.processes[name] = Process(kind, self.threads, self.folder, name)
         return self.processes[name]
 
@@ -178,8 +184,9 @@ class Table:
         entry.iterations = max(1, int(_TURN_SECONDS / first))
 
     def turn(self, entry: Entry, process: Process) -> None:
-        # An iteration that does not count first: the caches hold the others' data. Long iterations do not feel it.
-        lead_in = 1 if entry.iterations > 1 else 0
+        # An iteration that does not count first: the caches hold the others' data, and on a GPU memory has to be
+        # allocated. Long iterations on a CPU do not feel it.
+        lead_in = 1 if entry.iterations > 1 or self.task.device == "cuda" else 0
         answer = process.ask(_RUN_TIMEOUT, do="run", iterations=entry.iterations + lead_in)
         entry.samples.append(answer["samples"][lead_in:])
         entry.cpu += answer["cpu"]
@@ -188,6 +195,8 @@ class Table:
 
     def ask_memory(self, entry: Entry, process: Process) -> None:
         entry.facts.update(process.ask(_RUN_TIMEOUT, do="memory"))
+        if self.limits.saved:  # last: it keeps every storage until it has counted
+            entry.facts["saved_bytes"] = process.ask(_RUN_TIMEOUT, do="saved")["bytes"]
 
 
 def _others(busy: float | None, seconds: float, ours: float) -> float | None:

@@ -25,7 +25,7 @@ class Task:
         mode: "infer" (logits under no_grad) or "train" (forward, cross-entropy, backward, SGD with momentum).
         batch: images in one iteration.
         dtype: "float32", or "bfloat16" / "float16": the whole model is cast for inference, autocast is used for
-            training.
+            training (with a GradScaler in float16); "tf32": float32 whose products may be computed in TF32.
         device: "cpu" or "cuda".
         size: height and width of the images.
         threads: threads of every contender.

@@ -77,13 +77,14 @@ class Worker:
     def run(self, iterations: int) -> dict[str, Any]:
         if self.contender is None:
             raise RuntimeError("nothing is set up")
-        samples, step = [], self.contender.step
         cpu = time.process_time()
-        for _ in range(iterations):
-            start = time.perf_counter()
-            step()
-            samples.append(time.perf_counter() - start)
-        return {"samples": samples, "cpu": time.process_time() - cpu}
+        samples = self.contender.timed(iterations)
+        cpu = time.process_time() - cpu
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()  # the others need the memory in their turns
+        return {"samples": samples, "cpu": cpu}
 
     def reset_peak(self) -> None:
         if self.device == "cuda":
@@ -96,7 +97,8 @@ class Worker:
         if self.device == "cuda":
             import torch
 
-            return {"peak": torch.cuda.max_memory_allocated(), "baseline": 0}
+            captured = self.contender.captured_peak if self.contender else 0
+            return {"peak": max(torch.cuda.max_memory_allocated(), captured), "baseline": 0}
         peak = _status("VmHWM")
         if not peak:
             import resource

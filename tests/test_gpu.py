@@ -1,0 +1,299 @@
+"""What only a CUDA device can show: training over many steps, CUDA graphs, streams, devices, very large tensors."""
+
+import copy
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fastres
+from fastres import functional, images
+from fastres.bench.graphs import capture
+from fastres.layout import is_channels_last, mask_bytes, unpack_mask
+from fastres.models.resnet import BasicBlock, Bottleneck, ResNet
+from fastres.testing import LAYOUTS, budget, relative_error
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICE = "cuda"
+BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
+blocks = pytest.mark.parametrize("block", BLOCKS)
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    """The same algorithm in every run, without TF32: what differs then is ours."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = (
+        True,
+        False,
+        False,
+    )
+    yield
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
+
+
+def network(block, dtype=torch.float32):
+    model = ResNet(BLOCKS[block], [1, 1, 1, 1], num_classes=10)
+    return model.to(DEVICE, dtype, memory_format=torch.channels_last)
+
+
+def batches(count, dtype=torch.float32, n=16, size=64):
+    """`count` batches, over and over."""
+    x = images.synthetic(n * count, size).to(DEVICE, dtype, memory_format=torch.channels_last)
+    labels = torch.arange(n * count, device=DEVICE) % 10
+    return itertools.cycle(list(zip(x.split(n), labels.split(n), strict=True)))
+
+
+def optimizer_of(model):
+    return torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+
+
+def statistics(model):
+    """Every running statistic of a model, as one float64 vector."""
+    named = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    return torch.cat([b.double().flatten() for b in named])
+
+
+def train(model, steps, autocast=None):
+    """Losses of all steps, and running statistics after them; both in float64."""
+    model.train()
+    optimizer, losses = optimizer_of(model), []
+    data = batches(4, next(model.parameters()).dtype)
+    for x, labels in itertools.islice(data, steps):
+        with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
+            loss = F.cross_entropy(model(x), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).double(), statistics(model)
+
+
+def shaken(model, scale):
+    """With every weight changed by `scale` of its size: runs from such weights drift apart as rounding makes them."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 1 + scale * torch.randn_like(p)
+    return model
+
+
+@functools.cache
+def exact(block, steps):
+    """The same training in float64; every test starts from the same seed."""
+    return train(network(block).double(), steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "autocast"),
+    [(20, None), (20, torch.bfloat16), (20, torch.float16), (200, None), (200, torch.bfloat16)],
+    ids=str,
+)
+@blocks
+def test_training_against_eager(block, steps, autocast):
+    """Training amplifies rounding. So eager runs are witnesses, from the same and from weights changed by a rounding:
+    the fused run is not further from float64 than three times the furthest of them."""
+    truth = exact(block, steps)
+    torch.manual_seed(0)
+    model = network(block)
+    rounding = torch.finfo(autocast or torch.float32).eps / 2
+    witnesses = [train(shaken(model, scale), steps, autocast) for scale in (0.0, rounding)]
+    fused = copy.deepcopy(model)
+    fastres.fuse_(fused)
+    got = train(fused, steps, autocast)
+    for what, mine, want, *others in zip(("losses", "running statistics"), got, truth, *witnesses, strict=True):
+        assert torch.isfinite(mine).all()
+        furthest = max(relative_error(other, want) for other in others)
+        error = relative_error(mine, want)
+        assert error <= 3 * furthest + 4 * rounding, f"{what}: {error:.2e}, eager {furthest:.2e}"
+    assert got[0][-4:].mean() < got[0][:4].mean() or steps < 200  # it learns
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@blocks
+def test_inference_in_a_cuda_graph(block, dtype):
+    model = network(block, dtype).eval()
+    images.calibrate_(model, images.synthetic(16, 64))
+    fastres.fuse_(model)
+    data = batches(3, dtype)
+    x = next(data)[0].clone()
+    with torch.no_grad():
+        replay, y = capture(lambda: model(x), DEVICE)
+        for other, _ in itertools.islice(data, 3):
+            want = model(other)
+            x.copy_(other)
+            y.fill_(float("nan"))
+            replay()
+            assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@blocks
+def test_training_step_in_a_cuda_graph(block, autocast):
+    """Replayed steps are the steps of an uncaptured run, bit for bit; the warm-up counts each of its batches once."""
+    model = network(block).train()
+    fastres.fuse_(model)
+    twin = copy.deepcopy(model)
+    before = copy.deepcopy(model.state_dict())
+    data = [(x.clone(), labels.clone()) for x, labels in itertools.islice(batches(4), 4)]
+    x, labels = (t.clone() for t in data[0])
+
+    def step(model, optimizer, x, labels):
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
+            loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    optimizer = optimizer_of(model)
+    replay, loss = capture(lambda: step(model, optimizer, x, labels), DEVICE)
+    assert model.bn1.num_batches_tracked == 3  # a capture runs nothing
+    model.load_state_dict(before)
+    for state in optimizer.state.values():
+        state["momentum_buffer"].zero_()
+    other = optimizer_of(twin)
+    for other_x, other_labels in data:
+        x.copy_(other_x)
+        labels.copy_(other_labels)
+        replay()
+        assert torch.equal(loss, step(twin, other, other_x, other_labels))
+    for (name, mine), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert model.bn1.num_batches_tracked == len(data)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@blocks
+def test_running_statistics_under_checkpointing(block, reentrant):
+    """A block that is computed again in backward is counted as often as in eager, and changes its statistics as
+    often."""
+
+    def step(model):
+        x = next(batches(1))[0]
+        y = model.maxpool(model.relu(model.bn1(model.conv1(x))))
+        y = checkpoint(model.layer1, y, use_reentrant=reentrant)
+        y.square().mean().backward()
+        return model.layer1[0].bn1
+
+    model = network(block).train()
+    fused = copy.deepcopy(model)
+    fastres.fuse_(fused)
+    want, got = step(model), step(fused)
+    assert got.num_batches_tracked == want.num_batches_tracked
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-6)
+
+
+def bn_act_of(x, seed=0):
+    """Every op that normalises and adds, forward and backward: all that they give."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    c = x.shape[1]
+    weight, bias = (torch.rand(c, device=x.device, generator=generator).requires_grad_() for _ in range(2))
+    running = [torch.zeros(c, device=x.device), torch.ones(c, device=x.device)]
+    x = x.detach().requires_grad_()
+    y = functional.bn_act(x, *running, weight, bias, x.detach(), training=True)
+    z = functional.bn_act_maxpool(functional.add_act(y, x), *running, weight, bias, training=True)
+    return [y, z, *torch.autograd.grad(z, [x, weight, bias], torch.ones_like(z)), *running]
+
+
+def test_two_streams():
+    """Launches go to the current stream: work of two streams at once gives what it gives alone."""
+    inputs = [
+        torch.randn(32, 64, 56, 56, device=DEVICE).contiguous(memory_format=torch.channels_last) for _ in range(2)
+    ]
+    want = [bn_act_of(x) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(20):
+        got = []
+        for stream, x in zip(streams, inputs, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(1_000_000)  # so that both run at once, and neither before its turn
+                got.append(bn_act_of(x * 1))
+        torch.cuda.synchronize()
+        for mine, theirs in zip(got, want, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_second_device():
+    """Launches go to the device of the tensors, whichever is current."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device")
+    x = torch.randn(8, 64, 14, 14, device="cuda:0").contiguous(memory_format=torch.channels_last)
+    want = bn_act_of(x)
+    got = bn_act_of(x.to("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    # Other hardware may sum in another order.
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.device.index == 1
+        torch.testing.assert_close(mine.cpu(), theirs.cpu(), rtol=1e-4, atol=1e-4)
+
+
+LARGE = (2**15 + 8, 64, 32, 32)  # more than 2^31 values
+LAST = 8  # images at the end, behind the 2^31st value
+
+
+@pytest.fixture
+def large():
+    """large(layout): a bf16 activation of more than 2^31 values, where there is memory for eight of them."""
+    size = 2 * LARGE[0] * LARGE[1] * LARGE[2] * LARGE[3]
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 9 * size:
+        pytest.skip(f"less than {9 * size / 2**30:.0f} GiB of free device memory")
+    yield lambda layout: torch.empty(LARGE, device=DEVICE, dtype=torch.bfloat16, memory_format=LAYOUTS[layout]).normal_(
+        0.3, 1.5
+    )
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_add_act_of_more_than_2_to_31_values(large, layout):
+    x, residual = large(layout), large(layout)
+    y = functional.add_act(x, residual)
+    for part in (slice(0, LAST), slice(-LAST, None)):
+        assert torch.equal(y[part], F.relu(x[part] + residual[part]))
+    del residual
+    grad = torch.ops.fastres.add_act_backward(x, y)
+    for part in (slice(0, LAST), slice(-LAST, None)):
+        assert torch.equal(grad[part], torch.where(y[part] <= 0, 0.0, x[part]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bn_act_of_more_than_2_to_31_values(large, layout):
+    x, residual = large(layout), large(layout)
+    weight, bias = (torch.rand(LARGE[1], device=DEVICE) + 0.5 for _ in range(2))
+    bn_act, backward = torch.ops.fastres.bn_act, torch.ops.fastres.bn_act_backward
+    y, mean, var, mask = bn_act(x, weight, bias, None, None, residual, True, 1e-5, True, True)
+    sums, squares, count = 0.0, 0.0, LARGE[0] * LARGE[2] * LARGE[3]
+    for part in x.split(1024):
+        sums = sums + part.double().sum((0, 2, 3))
+        squares = squares + part.double().square().sum((0, 2, 3))
+    assert relative_error(mean, sums / count) < 1e-5
+    assert relative_error(var, squares / count - (sums / count) ** 2) < 1e-5
+    bytes_ = mask_bytes(x) // LARGE[0] * LAST
+    for part, bits in ((slice(0, LAST), slice(0, bytes_)), (slice(-LAST, None), slice(-bytes_, None))):
+        some = bn_act(x[part], weight, bias, mean, var, residual[part], False, 1e-5, True, True)
+        assert torch.equal(y[part], some[0]) and torch.equal(mask[bits], some[3])
+    del residual
+    # y, which is not negative, serves as the gradient.
+    options = (True, 1e-5, True, True, True, True)
+    grad_x, grad_weight, grad_bias, masked = backward(y, x, weight, bias, mean, var, mask, *options)
+    bias_sum, weight_sum = 0.0, 0.0
+    for some_x, g in zip(x.split(1024), y.split(1024), strict=True):  # behind the ReLU y is its own masked gradient
+        bias_sum = bias_sum + g.double().sum((0, 2, 3))
+        weight_sum = weight_sum + (g.double() * (some_x.double() - mean.view(1, -1, 1, 1))).sum((0, 2, 3))
+    inverse = (var + 1e-5).rsqrt()
+    assert relative_error(grad_bias, bias_sum) < 1e-4
+    assert relative_error(grad_weight, weight_sum * inverse) < 1e-4
+    c = (1, -1, 1, 1)
+    for part in (slice(0, LAST), slice(-LAST, None)):
+        assert torch.equal(masked[part], y[part])
+        centred = (x[part].double() - mean.view(c)) * (inverse**2 * weight_sum / count).view(c)
+        truth = (y[part].double() - (bias_sum / count).view(c) - centred) * (weight * inverse).view(c)
+        assert relative_error(grad_x[part], truth) < budget(0.0, torch.bfloat16)
+    keep = unpack_mask(mask[-bytes_:], y[-LAST:].shape, is_channels_last(y))
+    assert torch.equal(keep, y[-LAST:] > 0)
