@@ -25,7 +25,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from layers import Layer, layers  # noqa: E402
 
-from fastres.kernels.triton import batch_norm, offline, statistics  # noqa: E402
+from fastres.kernels.triton import (  # noqa: E402
+    algebraic,
+    batch_norm,
+    convolution,
+    elementwise,
+    implicit,
+    offline,
+    operands,
+    pool,
+    statistics,
+)
 from fastres.kernels.triton.record import Launch, recording  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,8 +62,61 @@ def batch_norms(layer: Layer, batch: int, dtype: torch.dtype) -> None:
     batch_norm.bn_act(x, weight, bias, weight, bias, residual, False, 1e-5, relu, False)
 
 
+def additions(layer: Layer, batch: int, dtype: torch.dtype) -> None:
+    """add_act behind a convolution that ends a block."""
+    if layer.then == "bn_add_relu":
+        x = meta(batch, *layer.out, dtype=dtype)
+        elementwise.add_act_backward(x, elementwise.add_act(x, x, True))
+
+
+def pools(layer: Layer, batch: int, dtype: torch.dtype) -> None:
+    """bn_act_maxpool behind the stem's convolution."""
+    if layer.then == "bn_relu_maxpool":
+        x, vector, window = meta(batch, *layer.out, dtype=dtype), meta(layer.k), (3, 2, 1)
+        y, mean, var, index = pool.bn_act_maxpool(x, vector, vector, None, None, True, 1e-5, True, *window)
+        options = (True, 1e-5, True, *window, True, True)
+        pool.bn_act_maxpool_backward(y, x, vector, vector, mean, var, index, *options)
+
+
+def expansions(layer: Layer, batch: int, dtype: torch.dtype) -> None:
+    """The algebraic batch norm of a 1x1 convolution to four times the channels."""
+    if layer.r == layer.stride == 1 and layer.k >= 4 * layer.c:
+        x, y = meta(batch, layer.c, layer.h, layer.w, dtype=dtype), meta(batch, *layer.out, dtype=dtype)
+        weight, vector = meta(layer.k, layer.c, 1, 1, dtype=dtype), meta(layer.k)
+        relu = layer.then == "bn_add_relu"
+        residual = y if relu else None
+        _, mean, var, x_mean, covariance, mask = algebraic.conv1x1_bn_act(
+            x, weight, vector, vector, None, None, residual, True, 1e-5, relu, relu
+        )
+        kept = (mean, var, x_mean, covariance, mask if relu else None)
+        algebraic.conv1x1_bn_act_backward(y, x, weight, vector, vector, *kept, True, 1e-5, True, True, True)
+
+
+def convolutions(layer: Layer, batch: int, dtype: torch.dtype) -> None:
+    """A convolution whose input may be normalised on the way and whose output's statistics are taken."""
+    if layer.c < 16:
+        return  # the stem is left to cuDNN
+    x, y = meta(batch, layer.c, layer.h, layer.w, dtype=dtype), meta(batch, *layer.out, dtype=dtype)
+    weight, vector = meta(layer.k, layer.c, layer.r, layer.r, dtype=dtype), meta(layer.c)
+    stride = (layer.stride, layer.stride)
+    norm = operands.norm_of(vector.double(), vector.double(), vector, vector, 1e-5)
+    if layer.r == 1:
+        convolution.conv1x1_forward(x, weight, stride=stride, norm=norm, statistics=True)
+        convolution.conv1x1_grad_input(y, weight, x.shape, stride=stride)
+        convolution.conv1x1_grad_weight(y, x, stride=stride, norm=norm)
+    else:
+        padding = (layer.r // 2, layer.r // 2)
+        implicit.convolution_forward(x, weight, stride=stride, padding=padding, norm=norm, statistics=True)
+
+
 #: Name and launchers; a function is given a layer, the batch and the dtype of activations.
-LAUNCHERS: dict[str, Callable[[Layer, int, torch.dtype], None]] = {"batch_norm": batch_norms}
+LAUNCHERS: dict[str, Callable[[Layer, int, torch.dtype], None]] = {
+    "batch_norm": batch_norms,
+    "elementwise": additions,
+    "pool": pools,
+    "algebraic": expansions,
+    "convolution": convolutions,
+}
 
 
 def launches(
@@ -85,7 +148,7 @@ def describe(one: offline.Specialisation) -> str:
     """dtypes of the activations, and the constants, shortly: bf16 RELU=1 BLOCK=64 8w."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     dtypes = {names[t.dtype] for t in one.launch.tensors().values() if t.is_activation and t.dtype in names}
-    constants = [f"{k}={int(v)}" for k, v in one.launch.arguments.items() if k.isupper()]
+    constants = [f"{k}={v if isinstance(v, str) else int(v)}" for k, v in one.launch.arguments.items() if k.isupper()]
     left_out = [f"-{k}" for k, v in one.launch.arguments.items() if v is None]
     ragged = [
         k

@@ -322,7 +322,7 @@ def bn_act_maxpool_backward(
         "bias": batch_norm.vector(bias),
         "eps": eps,
     }
-    blocks = _blocks(cut, 4096)
+    blocks = _blocks(cut, 2048)
     programs = min(triton.cdiv(cut.rows, blocks["BLOCK_ROWS"]), 2 * cut.programs)
     grid = (programs, triton.cdiv(cut.channels, cut.block_channels))
     arguments = {"rows": cut.rows, "RELU": relu, **_window(x, grad_y, kernel, stride, padding), **blocks}
