@@ -139,7 +139,7 @@ def units(options: argparse.Namespace, results: Results) -> list[Unit]:
         Unit("convolutions/bf16", 60, needing(gpu_products.convolutions)),
         *networks[1:2],
         Unit("algebraic/bf16", 20, needing(gpu_products.algebraic)),
-        Unit(f"split/{speed[0].name}", 30, lambda say: gpu_profile.split(speed[0], device, say)),
+        *(Unit(f"split/{point.name}", 30, partial(gpu_profile.split, point, device)) for point in speed[:1]),
         *networks[2:6],
         *(network("parity", point) for point in parity[:6]),
         ops["fp32"],

@@ -104,6 +104,7 @@ def measure(point: Point, device: str, quick: bool, timeout: float, say: Callabl
         batches={point.mode: [point.batch]},
         dtype=point.dtype,
         device=device,
+        threads=1 if quick else 0,
         contenders=list(point.contenders),
         rounds=3 if quick or point.parity else 11,
         seconds=0.1 if quick or point.parity else 10.0,
