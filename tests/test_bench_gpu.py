@@ -78,6 +78,14 @@ def test_contenders_compute_the_same() -> None:
             torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
 
 
+def test_compiling_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_ops, "_COMPILE_SECONDS", -1)
+    monkeypatch.setattr(gpu_ops, "cases", lambda: [gpu_ops.Case("add_act", "forward", (8, 4, 4), {})])
+    watch = gpu_timing.Stopwatch("cpu", 2, 1e-4)
+    (row,) = gpu_ops.ops(watch, torch.float32, 2, CEILINGS, True, quietly)["rows"]
+    assert "left out" in row["times"]["compile"]["failed"] and row["vs_compile"] is None and row["vs_eager"] > 0
+
+
 def test_products_of_the_algebraic_batch_norm() -> None:
     """The matrices are views of the activations, so the products are those of the convolution."""
     shape = gpu_products.Shape(c=8, h=4, k=32, r=1, stride=1, groups=1)
