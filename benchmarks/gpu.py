@@ -129,7 +129,7 @@ def units(options: argparse.Namespace, results: Results) -> list[Unit]:
     else:
         parity, speed = gpu_networks.parity_points(), gpu_networks.speed_points()
     ops = {
-        name: Unit(f"ops/{name}", 100, needing(gpu_ops.ops, dtype), name == "fp16") for name, dtype in _DTYPES.items()
+        name: Unit(f"ops/{name}", 140, needing(gpu_ops.ops, dtype), name == "fp16") for name, dtype in _DTYPES.items()
     }
     networks = [network("networks", point) for point in speed]
     return [
