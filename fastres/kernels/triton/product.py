@@ -214,7 +214,7 @@ def blocks(x: Tensor, rows: int, columns: int, depth: int, norm: bool, taps: int
     wide = x.element_size() == 4
     exact = wide and precision() == "ieee"
     block_columns = min(max(triton.next_power_of_2(columns), 16), 64 if wide or depth * taps <= 128 else 128)
-    half = wide or (norm and block_columns == 128)
+    half = wide or norm
     block_depth = min(max(triton.next_power_of_2(depth), 16), 32 if half else 64)
     block_rows = 64 if exact else 128
     if triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns) < multiprocessors(x):

@@ -98,15 +98,17 @@ def sum_kernel(partial, out, splits, size, BLOCK_SPLITS: tl.constexpr, BLOCK: tl
     tl.store(out + place, tl.sum(total, axis=0).to(out.dtype.element_ty), place < size)
 
 
-def blocks(x: Tensor, columns: int, depth: int, sums: bool) -> dict[str, Any]:
+def blocks(x: Tensor, columns: int, depth: int, sums: bool, norm: bool) -> dict[str, Any]:
     """The tile of a program: its results columns x depth, and rows at a step; otherwise as of product.blocks.
 
-    Column sums are kept for each row of a step: where the tile is large, there is room for those of 32 rows.
+    Column sums are kept for each row of a step: where the tile is large, there is room for those of 32 rows. A
+    batch norm before the product spills on Blackwell with 64 rows of a small tile.
     """
     wide = x.element_size() == 4
     exact, most = wide and precision() == "ieee", 64 if wide else 128
     block_columns, block_depth = (min(max(triton.next_power_of_2(n), 16), most) for n in (columns, depth))
-    half = sums and block_columns * block_depth == 128 * 128
+    results = block_columns * block_depth
+    half = (sums and results == 128 * 128) or (norm and results == 64 * 64)
     return {
         "BLOCK_ROWS": 32 if wide or half else 64,
         "BLOCK_COLUMNS": block_columns,
@@ -164,7 +166,7 @@ def row_product(
         centre: fp32 [depth]: a - centre stands for a, which must be fp32.
     """
     rows = g.numel() // columns
-    block = blocks(g, columns, depth, sums)
+    block = blocks(g, columns, depth, sums, norm is not None)
     tiles = triton.cdiv(columns, block["BLOCK_COLUMNS"]) * triton.cdiv(depth, block["BLOCK_DEPTH"])
     grid = tiles, splits(g, rows, tiles, block["BLOCK_ROWS"])
     size = columns * depth + (columns if sums else 0)
