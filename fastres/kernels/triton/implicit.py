@@ -122,7 +122,7 @@ def convolution_forward(
         (n, columns, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
     rows = n * out_height * out_width
-    block = blocks(y, rows, columns, depth)
+    block = blocks(y, rows, columns, depth, norm is not None, kernel[0] * kernel[1])
     row_tiles, column_tiles = triton.cdiv(rows, block["BLOCK_ROWS"]), triton.cdiv(columns, block["BLOCK_COLUMNS"])
     shape = (4, row_tiles, columns)
     partial = torch.empty(shape, dtype=torch.float32, device=x.device) if statistics else None

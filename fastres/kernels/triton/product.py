@@ -200,27 +200,31 @@ class Pair:
     norm: Tensor | None = None
 
 
-def blocks(x: Tensor, rows: int, columns: int, depth: int) -> dict[str, Any]:
-    """The tile of a program, its warps and its pipeline.
+def blocks(x: Tensor, rows: int, columns: int, depth: int, norm: bool, taps: int = 1) -> dict[str, Any]:
+    """The tile of a program, its warps and its pipeline; the depth of a product is that of `taps` pixels.
 
-    128 x 128 results by 64 of depth: what two groups of 4 warps of an H100 (wgmma) keep in registers, with three steps
-    of both factors in 96 KB of shared memory, so that two programs fit on a multiprocessor. Fewer columns where there
-    are no more, fewer rows where there would not be a program for each multiprocessor. fp32 takes half the depth, for
-    the same bytes, and 64 columns; where it is not TF32, products are not made by matrix units, and its tile is small.
+    128 x 128 results by 64 of depth are what two groups of 4 warps of an H100 (wgmma) keep in registers, with three
+    steps of both factors in 96 KB of shared memory. Where the depth is no more than 128, reading and writing results
+    takes longer than computing them: then 64 columns, with which two programs fit on a multiprocessor and one computes
+    while the other waits. Fewer columns where there are no more, fewer rows where there would not be a program for each
+    multiprocessor. A batch norm before the product takes registers too: half the depth, and four steps. fp32 takes half
+    the depth, for the same bytes, and 64 columns; where it is not TF32, products are not made by matrix units, and 64
+    rows leave them enough registers.
     """
     wide = x.element_size() == 4
-    small = wide and precision() == "ieee"
-    block_columns = min(max(triton.next_power_of_2(columns), 16), 64 if wide else 128)
-    block_depth = min(max(triton.next_power_of_2(depth), 16), 32 if wide else 64)
-    block_rows = 64 if small else 128
+    exact = wide and precision() == "ieee"
+    block_columns = min(max(triton.next_power_of_2(columns), 16), 64 if wide or depth * taps <= 128 else 128)
+    half = wide or (norm and block_columns == 128)
+    block_depth = min(max(triton.next_power_of_2(depth), 16), 32 if half else 64)
+    block_rows = 64 if exact else 128
     if triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns) < multiprocessors(x):
-        block_rows = min(block_rows, max(triton.next_power_of_2(rows), 16), 64)
+        block_rows = min(64, max(triton.next_power_of_2(rows), 16))
     return {
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
         "BLOCK_DEPTH": block_depth,
-        "num_warps": 8 if block_rows * block_columns >= 128 * 128 else 4,
-        "num_stages": 3,
+        "num_warps": 8 if block_rows * block_columns >= (4096 if exact else 8192) else 4,
+        "num_stages": 4 if half and not wide else 3,
     }
 
 
@@ -252,7 +256,7 @@ def product(
     """
     depth, columns = first.b.shape
     rows = out.numel() // columns if scatter is None else first.a.numel() // depth
-    block = blocks(out, rows, columns, depth)
+    block = blocks(out, rows, columns, depth, first.norm is not None)
     row_tiles, column_tiles = triton.cdiv(rows, block["BLOCK_ROWS"]), triton.cdiv(columns, block["BLOCK_COLUMNS"])
     shape = (4, row_tiles, columns)
     partial = torch.empty(shape, dtype=torch.float32, device=out.device) if statistics else None

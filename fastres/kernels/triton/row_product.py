@@ -98,18 +98,21 @@ def sum_kernel(partial, out, splits, size, BLOCK_SPLITS: tl.constexpr, BLOCK: tl
     tl.store(out + place, tl.sum(total, axis=0).to(out.dtype.element_ty), place < size)
 
 
-def blocks(x: Tensor, columns: int, depth: int) -> dict[str, Any]:
-    """The tile of a program: its results columns x depth, and rows at a step. As product.blocks, whose results are
-    rows x columns."""
+def blocks(x: Tensor, columns: int, depth: int, sums: bool) -> dict[str, Any]:
+    """The tile of a program: its results columns x depth, and rows at a step; otherwise as of product.blocks.
+
+    Column sums are kept for each row of a step: where the tile is large, there is room for those of 32 rows.
+    """
     wide = x.element_size() == 4
-    most = 64 if wide else 128
+    exact, most = wide and precision() == "ieee", 64 if wide else 128
     block_columns, block_depth = (min(max(triton.next_power_of_2(n), 16), most) for n in (columns, depth))
+    half = sums and block_columns * block_depth == 128 * 128
     return {
-        "BLOCK_ROWS": 32 if wide else 64,
+        "BLOCK_ROWS": 32 if wide or half else 64,
         "BLOCK_COLUMNS": block_columns,
         "BLOCK_DEPTH": block_depth,
-        "num_warps": 8 if block_columns * block_depth >= 128 * 128 else 4,
-        "num_stages": 3,
+        "num_warps": 8 if block_columns * block_depth >= (4096 if exact else 8192) else 4,
+        "num_stages": 4 if half else 3,
     }
 
 
@@ -161,7 +164,7 @@ def row_product(
         centre: fp32 [depth]: a - centre stands for a, which must be fp32.
     """
     rows = g.numel() // columns
-    block = blocks(g, columns, depth)
+    block = blocks(g, columns, depth, sums)
     tiles = triton.cdiv(columns, block["BLOCK_COLUMNS"]) * triton.cdiv(depth, block["BLOCK_DEPTH"])
     grid = tiles, splits(g, rows, tiles, block["BLOCK_ROWS"])
     size = columns * depth + (columns if sums else 0)
