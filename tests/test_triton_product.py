@@ -8,7 +8,7 @@ from _triton import DEVICE, running
 
 from fastres import layout
 from fastres.kernels.triton import batch_norm
-from fastres.kernels.triton.operands import norm_of
+from fastres.kernels.triton.operands import norm_of, sampling_of
 from fastres.kernels.triton.product import Pair, product
 from fastres.kernels.triton.statistics import combine_statistics
 from fastres.testing import DTYPES, relative_error
@@ -50,6 +50,22 @@ def test_two_products(dtype):
         return first + conv(x.to(dtype), square.T.to(dtype)) + bias.to(dtype)[None, :, None, None]
 
     assert_as_exact(out, eager(torch.float64), eager(dtype), dtype)
+
+
+@dtypes
+def test_two_products_as_of_a_projection_block(dtype):
+    """Some pixels of the block's input, and the batch norm and ReLU of the convolution before."""
+    n, c, h, w, k = 1, 33, 9, 11, 65
+    before, x = activation(n, c, h, w, dtype), activation(n, 17, 5, 6, dtype)
+    shortcut, weight = matrix(k, c, dtype), matrix(k, 17, dtype)
+    gamma, beta = vector(17), vector(17)
+    got, want = (torch.empty(n, k, 5, 6, device=DEVICE, dtype=dtype).contiguous(memory_format=NHWC) for _ in "ab")
+    with running():
+        y, mean, var, _ = batch_norm.bn_act(x, gamma, beta, None, None, None, True, 1e-5, True, False)
+        normed = Pair(x, weight.T, norm_of(mean, var, gamma, beta, 1e-5))
+        product(Pair(before, shortcut.T), got, normed, gather=sampling_of(before.shape, (2, 2)))
+        product(Pair(before[:, :, ::2, ::2].contiguous(memory_format=NHWC), shortcut.T), want, Pair(y, weight.T))
+    assert torch.equal(got, want)
 
 
 @dtypes

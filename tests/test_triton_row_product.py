@@ -15,6 +15,12 @@ from fastres.testing import DTYPES, relative_error
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
+@pytest.fixture(autouse=True)
+def without_tf32(monkeypatch):
+    """On a GPU: sums of fp32 products are judged as such."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def rows(x):
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 

@@ -120,15 +120,16 @@ def conv1x1_bn_act_backward(
         grad_conv_weight = grad_conv_weight.to(conv_weight.dtype).view(conv_weight.shape)
     grad_x = x.new_empty(0)
     if need_x:
-        second, constant = None, None
-        if training:
-            q = (w.T @ turned).to(x.dtype)
-            constant = (
-                -scale * sums / count
-            ) @ w - x_mean @ q.double()  # of q as it is rounded: then x may have a mean
-            second, constant = Pair(x, q), constant.float()
         grad_x = torch.empty_like(x)
-        product(Pair(g, (scale[:, None] * w).to(x.dtype)), grad_x, second, bias=constant)
+        behind = Pair(g, (scale[:, None] * w).to(x.dtype))
+        if training:
+            q = w.T @ turned
+            unit = q.abs().max().clamp_min(torch.finfo(torch.float32).tiny).float()  # fp16 does not hold q itself
+            q = (q / unit).to(x.dtype)
+            constant = (-scale * sums / count) @ w - unit * (x_mean @ q.double())  # of the rounded q: x may have a mean
+            product(Pair(x, q), grad_x, behind, unit=unit, bias=constant.float())
+        else:
+            product(behind, grad_x)
         grad_x = layout.in_format(grad_x, torch.channels_last)
     if mask is not None:
         masked = layout.in_format(masked, torch.channels_last)

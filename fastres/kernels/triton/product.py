@@ -1,4 +1,4 @@
-"""C = act((A B + A2 B2) * scale + bias + residual): the matrix product behind 1x1 convolutions and their gradients.
+"""C = act((A B u + A2 B2) * scale + bias + residual): the matrix product behind 1x1 convolutions and their gradients.
 
 A [rows, depth] is an activation: its rows are pixels (operands.py says which), and relu(batch_norm(A)) may stand for
 it. B [depth, columns] is a weight with any strides. Products are summed in fp32, first those of A B, then of A2 B2.
@@ -94,6 +94,7 @@ def product_kernel(
     a2,
     norm2,
     b2,
+    unit,  # if given, one fp32 value that A B is multiplied by before A2 B2 is added
     depth2,
     b2_stride_depth,
     b2_stride_column,
@@ -153,6 +154,8 @@ def product_kernel(
         PRECISION,
         BLOCK_DEPTH,
     )
+    if unit is not None:
+        sums *= tl.load(unit)
     if a2 is not None:
         a2 += first * depth2
         sums = add_product(
@@ -233,6 +236,7 @@ def product(
     out: Tensor,
     second: Pair | None = None,
     *,
+    unit: Tensor | None = None,
     gather: Sampling | None = None,
     scatter: Sampling | None = None,
     scale: Tensor | None = None,
@@ -242,11 +246,12 @@ def product(
     relu: bool = False,
     statistics: bool = False,
 ) -> Tensor | None:
-    """Writes act((A B + A2 B2) * scale + bias + residual) to `out`.
+    """Writes act((A B u + A2 B2) * scale + bias + residual) to `out`.
 
     Args:
         first, second: the factors of both products; A2 has the rows of the result.
         out: activation dense in channels_last; rows of `columns` values.
+        unit: u, fp32 [1], for a B that its dtype could not hold otherwise; 1 if not given.
         gather: which pixels of the first A are its rows; all if not given.
         scatter: which pixels of `out` are written, where they are not all.
         scale, bias: [columns]; scale fp32, and only with a bias.
@@ -273,6 +278,7 @@ def product(
         a2=None if second is None else second.a,
         norm2=None if second is None else second.norm,
         b2=b2,
+        unit=unit,
         depth2=0 if b2 is None else b2.shape[0],
         b2_stride_depth=0 if b2 is None else b2.stride(0),
         b2_stride_column=0 if b2 is None else b2.stride(1),

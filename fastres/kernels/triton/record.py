@@ -41,8 +41,9 @@ class Argument:
 
     def is_dense(self, channels_last: bool) -> bool:
         """Whether values follow each other in the given order, without gaps."""
-        n, *rest = range(len(self.shape))
-        order = [n, *rest[1:], rest[0]] if channels_last else [n, *rest]
+        order = [*range(len(self.shape))]
+        if channels_last:
+            order = [order[0], *order[2:], order[1]]
         expected = 1
         for axis in reversed(order):
             if self.shape[axis] != 1 and self.stride[axis] != expected:
