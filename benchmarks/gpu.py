@@ -163,12 +163,12 @@ def chosen(all_: list[Unit], wanted: list[str]) -> list[Unit]:
     return [unit for unit in all_ if unit.stage == "ceilings" or unit.name.startswith(tuple(wanted))]
 
 
-def measure(todo: list[Unit], results: Results, minutes: float) -> list[str]:
+def measure(pending: list[Unit], results: Results, minutes: float) -> list[str]:
     """Runs units until the time is up. Returns the names of those that failed."""
     start, failed, late = time.monotonic(), [], []
-    for unit in todo:
+    for unit in pending:
         left = 60 * minutes - (time.monotonic() - start)
-        if unit.seconds > left and unit is not todo[0]:
+        if unit.seconds > left and unit is not pending[0]:
             late.append(unit.name)
             continue
         before = time.monotonic()
@@ -211,14 +211,15 @@ def run(options: argparse.Namespace) -> int:
     again = [
         unit for unit in picked if options.again and (not options.units or unit.name.startswith(tuple(options.units)))
     ]
-    todo = [unit for unit in picked if unit in again or not results.done(unit.name)]
+    pending = [unit for unit in picked if unit in again or not results.done(unit.name)]
     now = {"machine": results.machine, "date": datetime.now(timezone.utc).isoformat()}
-    print(f"{report.machine_line(now)}\n{len(picked) - len(todo)} of {len(picked)} units are done already", flush=True)
+    done = len(picked) - len(pending)
+    print(f"{report.machine_line(now)}\n{done} of {len(picked)} units are done already", flush=True)
     if why := gpu_networks.why_synthetic():
         print(why)
     if why := table.no_fused_kernel("bn_act", options.device):
         print(f"fastres runs eager code here: {why}")
-    failed = measure(todo, results, options.minutes)
+    failed = measure(pending, results, options.minutes)
     for path, why in gpu_plots.draw(results.units, results.path):
         print(f"{path}: {why}" if why else f"chart: {path}")
     print(f"results: {results.path}")

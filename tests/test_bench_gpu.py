@@ -231,12 +231,12 @@ def unit(name: str, seconds: float = 1.0, fails: bool = False) -> Any:
 
 def test_results_grow_and_what_failed_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = gpu.Results(tmp_path / "a.json", "cpu")
-    todo = [unit("ceilings/all"), unit("networks/a", fails=True), unit("networks/b"), unit("networks/long", 1e9)]
-    assert gpu.measure(todo, results, 8) == ["networks/a"]
+    pending = [unit("ceilings/all"), unit("networks/a", fails=True), unit("networks/b"), unit("networks/long", 1e9)]
+    assert gpu.measure(pending, results, 8) == ["networks/a"]
     out = capsys.readouterr().out
     assert "failed: RuntimeError: out of luck" in out and "1 units do not fit into 8 minutes" in out
     again = gpu.Results(tmp_path / "a.json", "cpu")
-    assert [one.name for one in todo if again.done(one.name)] == ["ceilings/all", "networks/b"]
+    assert [one.name for one in pending if again.done(one.name)] == ["ceilings/all", "networks/b"]
     assert list(tmp_path.iterdir()) == [tmp_path / "a.json"]
 
 
