@@ -45,6 +45,12 @@ def copy_sources(target: Path) -> None:
         shutil.copy(ROOT / name, target / name)
 
 
+def avx512() -> bool:
+    """Whether the processor has it, or may have it: what it cannot run need not be compiled."""
+    found = Path("/proc/cpuinfo")
+    return not found.exists() or "avx512f" in found.read_text()
+
+
 def preload(compiler: str) -> str:
     """The libraries that must come before all others; libstdc++ too, so that exceptions are intercepted."""
     names = ("libasan.so", "libstdc++.so")
@@ -64,6 +70,8 @@ def main() -> None:
     target = ROOT / "build" / f"sanitize-{kind}"
     copy_sources(target)
     environment = os.environ | {"FASTRES_SANITIZE": kind}
+    if not avx512():
+        environment["CXXFLAGS"] = f"{os.environ.get('CXXFLAGS', '')} -DFASTRES_AVX512=0"
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     built = subprocess.run(build, cwd=target, env=environment, capture_output=True, text=True)
     if built.returncode or not any(target.glob("fastres/_C*")):

@@ -19,7 +19,9 @@ namespace avx2 {
 #undef FASTRES_LEVEL
 }  // namespace avx2
 FASTRES_TARGET_END
+#endif
 
+#if FASTRES_AVX512
 FASTRES_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 namespace avx512 {
 #define FASTRES_LEVEL 2
@@ -43,6 +45,8 @@ FASTRES_TARGET_END
    : isa() == Isa::avx512    ? avx512::name      \
    : isa() == Isa::avx2      ? avx2::name        \
                              : base::name)
+#elif FASTRES_X86
+#define FASTRES_PICK_ISA(name) (isa() == Isa::avx2 ? avx2::name : base::name)
 #else
 #define FASTRES_PICK_ISA(name) (base::name)
 #endif

@@ -11,6 +11,9 @@
 #else
 #define FASTRES_X86 0
 #endif
+#ifndef FASTRES_AVX512  // 0 leaves these regions out: half of the time to compile, for a build that serves its own machine
+#define FASTRES_AVX512 FASTRES_X86
+#endif
 
 #define FASTRES_STRINGIFY(x) #x
 #if defined(__clang__)
