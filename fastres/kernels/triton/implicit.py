@@ -131,7 +131,7 @@ def convolution_forward(
         (row_tiles * column_tiles,),
         x=x,
         norm=norm,
-        weight=w,
+        weight=w.permute(0, 2, 3, 1).flatten(1),
         out=y,
         bias=bias,
         residual=None if residual is None else layout.like(residual.to(x.dtype), True),

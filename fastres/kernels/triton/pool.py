@@ -20,7 +20,7 @@ from fastres.kernels.triton import batch_norm
 from fastres.kernels.triton.batch_norm import coefficients, normalise
 from fastres.kernels.triton.launch import launch
 from fastres.kernels.triton.statistics import moments
-from fastres.kernels.triton.tiles import NUM_WARPS, Rows, rows_of
+from fastres.kernels.triton.tiles import Rows, rows_of
 
 
 @triton.jit
@@ -67,7 +67,9 @@ def maxpool_kernel(
     best = tl.full((BLOCK_ROWS, BLOCK_CHANNELS), float("-inf"), tl.float32)
     first = tl.maximum(-top, 0) * KERNEL + tl.maximum(-left, 0)
     where = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.int32) + first[:, None]
-    for i in tl.static_range(KERNEL):
+    for i in range(
+        KERNEL
+    ):  # a loop: unrolled, all rows of the window would be on their way at once, and registers spill
         for j in tl.static_range(KERNEL):
             h, w = top + i, left + j
             exists = ((h >= 0) & (h < height) & (w >= 0) & (w < width))[:, None] & inside
@@ -327,7 +329,7 @@ def bn_act_maxpool_backward(
     grid = (programs, triton.cdiv(cut.channels, cut.block_channels))
     arguments = {"rows": cut.rows, "RELU": relu, **_window(x, grad_y, kernel, stride, padding), **blocks}
     partial = torch.empty((2, programs, cut.channels), dtype=torch.float32, device=x.device)
-    launch(reduce_pooled_gradient_kernel, grid, num_warps=NUM_WARPS, **tensors, partial=partial, **arguments)
+    launch(reduce_pooled_gradient_kernel, grid, **tensors, partial=partial, **arguments)
     grad_weight, grad_bias, factors = batch_norm.combine_gradient(partial, cut, tensors, training, need_x, need_affine)
     if not need_x:
         return x.new_empty(0), grad_weight, grad_bias
@@ -335,7 +337,6 @@ def bn_act_maxpool_backward(
     launch(
         apply_pooled_gradient_kernel,
         grid,
-        num_warps=NUM_WARPS,
         **tensors,
         factors=factors,
         grad_x=grad_x,
