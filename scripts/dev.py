@@ -203,8 +203,9 @@ def install_extra(python: str, extra: str) -> bool:
     """Installs what an extra of pyproject.toml names, without building fastres again. False if something is missing."""
     listed = ask(python, "from importlib.metadata import requires; print(*requires('fastres'), sep='\\n')").splitlines()
     wanted = [line.split(";")[0].strip() for line in listed if re.search(rf"extra\s*==\s*['\"]{extra}['\"]", line)]
-    if "triton" in wanted and ask(python, "import importlib.util as u; print(u.find_spec('triton') or '')"):
-        wanted.remove("triton")  # builds of PyTorch for GPUs bring one, some under another name
+    has_triton = "import importlib.util as u; print(u.find_spec('triton') or '')"
+    if "triton" in wanted and (sys.platform != "linux" or ask(python, has_triton)):
+        wanted.remove("triton")  # there is none; or PyTorch brought one, as builds for GPUs do, some under another name
     if extra not in OPTIONAL_EXTRAS:
         if not pip(python, *wanted, what=", ".join(wanted)):
             fail(f"could not install the packages of the extra {extra!r}")
