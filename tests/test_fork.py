@@ -69,9 +69,9 @@ def test_the_input_itself_where_nothing_is_recorded():
         with torch.no_grad():
             functional.conv_bn_act(x, weight, mean, var, training=training, padding=1, fork=fork)
         assert len(fork) == 1 and fork[0] is x
-    fork = []
+    fork = [weight]
     functional.conv_bn_act(x, weight, None, None, training=True, padding=1, fork=fork)
-    assert fork[0] is x  # which needs no gradient
+    assert fork[0] is weight and fork[1] is x  # which needs no gradient; what was in the list stays
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
