@@ -15,7 +15,7 @@ if not extension.available():
 
 OPS = torch.ops.fastres_cpu
 NHWC = torch.channels_last
-GEMM, WINOGRAD, WINOGRAD2, GROUPED = 1, 2, 3, 4  # WINOGRAD2: F(2x2, 3x3), as exact as the direct way
+GEMM, WINOGRAD, WINOGRAD2, GROUPED, STEM = 1, 2, 3, 4, 5  # WINOGRAD2: F(2x2, 3x3), as exact as the direct way
 INF, NAN = float("inf"), float("nan")
 NAMES = ("y", "grad_x", "grad_weight")
 

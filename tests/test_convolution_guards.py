@@ -87,12 +87,14 @@ def test_small_tiles_of_winograd(guards, size):
 @pytest.mark.parametrize("conv", [square(3, 64, 7, 2, 3, 40, batch=3), square(17, 5, 3, 2, 1, 12)], ids=str)
 def test_conv_maxpool(guards, conv, pool):
     x, weight, bias, *_ = conv.tensors()
-    packed = OPS.conv_pack(weight, conv.x, *conv.geometry, GEMM)
+    methods = {GEMM, conv.method()}
+    packed = {method: OPS.conv_pack(weight, conv.x, *conv.geometry, method) for method in methods}
 
     def run():
-        return [OPS.conv_maxpool(x, packed, conv.weight, bias, *conv.geometry[:3], True, *pool)]
+        where = conv.geometry[:3]
+        return [OPS.conv_maxpool(x, packed[m], conv.weight, bias, *where, True, m, *pool) for m in methods]
 
-    assert_same(guards(run), run(), ["y"])
+    assert_same(guards(run), run(), methods)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

@@ -22,7 +22,7 @@ POOLS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (1, 1, 0), (2, 3, 1), (1, 3, 0), (5, 2
 
 def run(conv, x, weight, bias, relu, pool):
     packed = OPS.conv_pack(weight, conv.x, *conv.geometry, GEMM)
-    return OPS.conv_maxpool(x, packed, conv.weight, bias, *conv.geometry[:3], relu, *pool)
+    return OPS.conv_maxpool(x, packed, conv.weight, bias, *conv.geometry[:3], relu, GEMM, *pool)
 
 
 def eager(conv, x, weight, bias, relu, pool):
@@ -91,7 +91,7 @@ def test_bad_window(pool, message):
 def test_bad_input():
     x, weight, bias, *_ = STEM.tensors()
     packed = OPS.conv_pack(weight, STEM.x, *STEM.geometry, GEMM)
-    rest = (True, 3, 2, 1)
+    rest = (True, GEMM, 3, 2, 1)
     for bad, message in (
         ((x.double(), packed, STEM.weight, bias), "float32"),
         ((x.contiguous(), packed, STEM.weight, bias), "dense"),

@@ -7,6 +7,7 @@ from _convolution import (
     GEMM,
     NAMES,
     OPS,
+    STEM,
     WINOGRAD,
     WINOGRAD2,
     Conv,
@@ -167,8 +168,9 @@ def test_conv_maxpool_against_float64(conv, with_bias, relu, window, data, seed)
     torch.manual_seed(seed)
     x, weight, bias, *_ = map(guarded, conv.tensors())
     bias = bias if with_bias else None
-    packed = guarded(OPS.conv_pack(weight, conv.x, *conv.geometry, GEMM))
-    got = OPS.conv_maxpool(x, packed, conv.weight, bias, *conv.geometry[:3], relu, kernel, stride, padding)
+    method = conv.method() if conv.method() == STEM else GEMM
+    packed = guarded(OPS.conv_pack(weight, conv.x, *conv.geometry, method))
+    got = OPS.conv_maxpool(x, packed, conv.weight, bias, *conv.geometry[:3], relu, method, kernel, stride, padding)
     tensors, act = (x, weight, bias, None, torch.zeros(conv.y)), "relu" if relu else "identity"
     truth, witness = truths(conv, tensors, act)[0], eager(conv, tensors, act)[0]
     pooled = Truth(F.max_pool2d(truth.value, kernel, stride, padding), truth.norm)

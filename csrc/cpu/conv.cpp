@@ -245,6 +245,7 @@ Activation nhwc(const Tensor& t, const char* name) {
 // multiplications a value (both as measured on two cores of Zen 3: 170 GFLOP/s, 25 GB/s).
 Method method_of(const Geometry& g, bool winograd) {
   if (g.groups > 1) return grouped_kernels().serves(group_shape(g), g.kernel_h * g.kernel_w) ? kGrouped : kNone;
+  if (winograd && stem_fits(g)) return kStem;
   if (!winograd || !winograd_fits(g)) return kGemm;
   constexpr double kTransforms = 1.2, kRead = 11;
   constexpr int64_t kCached = 1 << 17;  // values
@@ -276,7 +277,8 @@ Tensor conv_pack(const Tensor& weight, const std::vector<int64_t>& x, const std:
   const Geometry g(x, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, stride, padding, dilation,
                    groups);
   const int64_t tile = winograd_tile(method);
-  STD_TORCH_CHECK(method == kGemm || method == kGrouped || tile > 0, "method must be 1, 2, 3 or 4");
+  STD_TORCH_CHECK(method >= kGemm && method <= kStem, "method must be 1 to 5");
+  STD_TORCH_CHECK(method != kStem || stem_fits(g), "method 5 does not serve this convolution");
   if (tile > 0) {
     STD_TORCH_CHECK(winograd_fits(g), "Winograd does not serve this convolution");
     Tensor packed = cached_empty(winograd_floats(g, tile));
@@ -293,8 +295,9 @@ Tensor conv_pack(const Tensor& weight, const std::vector<int64_t>& x, const std:
     return packed;
   }
   const int64_t floats = gemm_floats(taps, g.group_in(), g.group_out());
-  Tensor packed = cached_empty(groups * floats);
+  Tensor packed = cached_empty(groups * floats + (method == kStem ? stem_floats(g) : 0));
   float* out = static_cast<float*>(packed.mutable_data_ptr());
+  if (method == kStem && !pack_stem(g, view_of(weight, 0, 1), out + floats)) return cached_empty(0);
   for (int64_t group = 0; group < groups; ++group)
     pack_gemm(view_of(weight, group, groups), taps, out + group * floats);
   return packed;
@@ -313,7 +316,7 @@ Tensor conv(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& w
                           residual.has_value() ? residual->const_data_ptr() : nullptr, relu};
   void* y_data = y.mutable_data_ptr();
   const int64_t tile = winograd_tile(method);
-  STD_TORCH_CHECK(method == kGemm || method == kGrouped || tile > 0, "method must be 1, 2, 3 or 4");
+  STD_TORCH_CHECK(method >= kGemm && method <= kStem, "method must be 1 to 5");
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.dim() == 1 && packed.is_contiguous(),
                   "packed weight must be what conv_pack returned");
   const float* weight_data = static_cast<const float*>(packed.const_data_ptr());
@@ -330,8 +333,13 @@ Tensor conv(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& w
     conv_grouped(g, fp32(x_data), weight_data, epilogue, static_cast<float*>(y_data));
     return y;
   }
-  STD_TORCH_CHECK(packed.numel() == groups * gemm_floats(forward_taps(g), g.group_in(), g.group_out()),
-                  "packed weight does not fit");
+  STD_TORCH_CHECK(method == kGemm || stem_fits(g), "method 5 does not serve this convolution");
+  const int64_t direct = groups * gemm_floats(forward_taps(g), g.group_in(), g.group_out());
+  STD_TORCH_CHECK(packed.numel() == direct + (method == kStem ? stem_floats(g) : 0), "packed weight does not fit");
+  if (method == kStem && x_data.dtype == 0 && !residual.has_value() &&
+      conv_stem(g, x_data, weight_data + direct, epilogue, static_cast<float*>(y_data))) {
+    return y;
+  }
   conv_gemm(g, x_data, weight_data, epilogue, y_data);
   return y;
 }

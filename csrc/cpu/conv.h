@@ -96,6 +96,31 @@ struct WinogradKernels {
 // Floats of the plane of one position, of rows x columns. The odd line keeps the planes out of one another's cache sets.
 inline int64_t winograd_plane(int64_t rows, int64_t columns) { return rows * columns + 16; }
 
+// The stem of a ResNet: kernels of any height and 7 pixels width, stride 2 along the rows, few input channels. Winograd along the
+// rows only: 4 outputs take 13 products for each channel and row of the kernel instead of 28.
+struct StemConv {
+  int64_t taps, in_channels, out_channels;  // taps: height of the kernel
+  int64_t out_width, tiles;                 // tiles: of 4 outputs in a row
+  const float* weight;                      // packed: [panel][point][tap][depth][columns of the panel]
+  const float* bias;                        // padded to whole vectors; null: none
+  bool relu;
+};
+constexpr int64_t kStemValues = 13;  // transformed values of a channel and a tile
+// Floats of the packed weight for an output channel.
+inline int64_t stem_weights(const StemConv& conv) { return kStemValues * conv.taps * conv.in_channels; }
+// Values of one channel and point of a row, of all tiles.
+inline int64_t stem_line(int64_t tiles, int64_t lanes) { return (tiles / lanes + 2) * lanes; }
+
+struct StemKernels {
+  int64_t panel, lanes;
+  // One panel of the transformed weight, computed in float64. Returns whether it is finite.
+  bool (*pack)(const StemConv& conv, const WeightView& weight, int64_t index, float* packed);
+  // row: 8 * (tiles + 1) pixels; out: kStemValues lines a channel; planes: scratch for 8.
+  void (*transform)(const StemConv& conv, const float* row, float* planes, float* out);
+  // One row of outputs from `taps` transformed rows; m: room for 7 * tiles * panel. Returns whether all are finite.
+  bool (*row)(const StemConv& conv, const float* const* rows, float* m, float* y);
+};
+
 struct MaxPool {
   int64_t width, channels;  // of a row of x
   int64_t kernel, stride, padding;
@@ -110,5 +135,6 @@ MaxPoolRow max_pool_row_kernel(int dtype);
 ToFloat to_float_kernel(int dtype);
 const GemmConvKernels& gemm_conv_kernels();
 const WinogradKernels& winograd_kernels(int64_t tile);
+const StemKernels& stem_kernels();
 
 }  // namespace fastres

@@ -288,7 +288,7 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const std::ve
   }
   if (groups > 1) {
     grouped_weight_gradient(g, fp32(grad), fp32(x_data), out);
-  } else if (method_of(g, winograd) == kGemm || !winograd_weight_gradient(g, grad, x_data, out)) {
+  } else if (winograd_tile(method_of(g, winograd)) == 0 || !winograd_weight_gradient(g, grad, x_data, out)) {
     weight_gradient(g, grad, x_data, nullptr, out);
   }
   return grad_weight;

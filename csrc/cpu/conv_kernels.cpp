@@ -16,6 +16,7 @@ const WinogradKernels& winograd_kernels(int64_t tile) {
   return tile == 2 ? FASTRES_PICK_ISA(winograd2_table) : FASTRES_PICK_ISA(winograd4_table);
 }
 
+const StemKernels& stem_kernels() { return FASTRES_PICK_ISA(stem_table); }
 const WeightGradientKernels& weight_gradient_kernels() { return FASTRES_PICK_ISA(weight_gradient_table); }
 const WinogradGradientKernels& winograd_gradient_kernels() { return FASTRES_PICK_ISA(winograd_gradient_table); }
 

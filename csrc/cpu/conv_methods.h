@@ -14,7 +14,7 @@
 
 namespace fastres {
 
-enum Method : int64_t { kNone = 0, kGemm = 1, kWinograd4 = 2, kWinograd2 = 3, kGrouped = 4 };
+enum Method : int64_t { kNone = 0, kGemm = 1, kWinograd4 = 2, kWinograd2 = 3, kGrouped = 4, kStem = 5 };
 // Outputs a side of a tile of F(4x4, 3x3) and F(2x2, 3x3); 0 for other methods.
 inline int64_t winograd_tile(int64_t method) { return method == kWinograd4 ? 4 : method == kWinograd2 ? 2 : 0; }
 
@@ -59,7 +59,8 @@ struct Geometry {
     out_width = room_w / stride_w + 1;
   }
   int64_t pixels() const { return images * out_height * out_width; }
-  int64_t padded_rows() const { return images * (height + 2 * pad_h); }
+  int64_t padded_height() const { return height + 2 * pad_h; }
+  int64_t padded_rows() const { return images * padded_height(); }
   int64_t padded_floats() const { return padded_rows() * (width + 2 * pad_w) * in_channels; }
   int64_t group_in() const { return in_channels / groups; }
   int64_t group_out() const { return out_channels / groups; }
@@ -160,6 +161,32 @@ void conv_winograd(const Geometry& g, int64_t tile, const Activation& x, const f
 // out[k][tap][c] = sum over pixels of grad[pixel][k] * (x[pixel moved by tap][c] - origin[c]). origin: null for zeros, else padded to
 // whole vectors, and only for convolutions without padding.
 void weight_gradient(const Geometry& g, const Activation& grad, const Activation& x, const float* origin, float* out);
+
+// The method kStem. Its packed weight is that of the direct way (gemm_floats), then stem_floats more.
+bool stem_fits(const Geometry& g);
+int64_t stem_floats(const Geometry& g);
+bool pack_stem(const Geometry& g, const WeightView& view, float* packed);
+// Rows of outputs of one thread, which keeps the transformed rows of x that the next ones need.
+class StemRows {
+ public:
+  StemRows(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue);
+  // Rows [first, last) of an image to y, in fp32. Returns whether they are finite before the bias.
+  bool run(int64_t image, int64_t first, int64_t last, float* y);
+
+ private:
+  const float* transformed(int64_t image, int64_t padded_row);
+
+  const Geometry& g_;
+  Activation x_;
+  const StemKernels& kernels_;
+  StemConv conv_;
+  ToFloat to_float_;
+  int64_t line_, pixels_;  // floats of one point of all channels; pixels of a row with its zeros
+  Scratch row_, planes_, ring_, sums_;
+  std::vector<int64_t> held_;  // the row in each place of the ring
+};
+// Returns whether all outputs are finite; if not, the direct way has to compute them.
+bool conv_stem(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, float* y);
 
 GroupShape group_shape(const Geometry& g);
 int64_t grouped_floats(const GroupShape& shape, const Taps& taps);  // of the packed weight

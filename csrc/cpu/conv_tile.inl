@@ -65,6 +65,14 @@ FASTRES_INLINE void tile_of_rows(int64_t count, const float* const* rows, int64_
   }
 }
 
+// Whether a sum of values times 0 is 0: then all of them were finite.
+FASTRES_INLINE bool all_finite(vf check) {
+  for (int i = 0; i < W; ++i) {
+    if (check[i] != check[i]) return false;
+  }
+  return true;
+}
+
 // f(std::integral_constant-like Vectors<NV>) for a panel of NV vectors.
 template <int NV>
 struct Vectors {

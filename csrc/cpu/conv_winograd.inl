@@ -82,14 +82,6 @@ FASTRES_INLINE void load_block(const float* from, int64_t stride_k, int64_t stri
   }
 }
 
-// Whether a sum of values times 0 is 0: then all of them were finite.
-FASTRES_INLINE bool all_finite(vf check) {
-  for (int i = 0; i < W; ++i) {
-    if (check[i] != check[i]) return false;
-  }
-  return true;
-}
-
 template <int M>
 static bool winograd_pack(const WeightView& w, int64_t index, float* packed) {
   constexpr int N = M + 2;

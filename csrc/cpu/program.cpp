@@ -231,7 +231,7 @@ class Program {
     const int64_t tile = winograd_tile(method);
     constexpr int64_t kLarge =
         1 << 20;  // floats of a layer's weights: then it takes long enough to be called by itself
-    if (packed.numel() > kLarge || g.pixels() == 0) return false;
+    if (packed.numel() > kLarge || g.pixels() == 0 || method == kStem) return false;
     if (tile > 0) {
       STD_TORCH_CHECK(winograd_fits(g) && packed.numel() == winograd_floats(g, tile), "packed weight does not fit");
       add(std::make_unique<WinogradStep>(g, tile, packed, bias, relu, threads_), x, residual, out);

@@ -3,7 +3,9 @@
 Methods: an implicit matrix product for every kernel size, stride, padding and dilation; Winograd's F(4x4, 3x3), which
 needs a quarter of the multiplications of a 3x3 convolution and has an error of about 1e-6 (relative L2) instead of
 2e-7; and F(2x2, 3x3), which is as exact as the direct way and has fewer weights to read at small batch sizes;
-a kernel of its own for convolutions in groups, depthwise ones included (float32 only).
+a kernel of its own for convolutions in groups, depthwise ones included (float32 only); and one for the stem, 7 pixels
+wide with stride 2 and few input channels: Winograd along the rows, half of the multiplications, as exact as the direct
+way.
 `fastres.config.winograd = False` leaves Winograd's out. bf16 and fp16 activations are converted to fp32 and back in
 blocks that stay in the cache; products and sums are fp32.
 """
@@ -55,7 +57,7 @@ def why_not(
 
 def method(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> int:
     """Which method serves this shape: 0 none, 1 matrix product, 2 and 3 Winograd with tiles of 4x4 and 2x2,
-    4 convolution in groups."""
+    4 convolution in groups, 5 the stem."""
     return torch.ops.fastres_cpu.conv_method.default(
         x.shape, weight.shape, stride, padding, dilation, groups, config.winograd
     )
@@ -85,14 +87,15 @@ class Packed:
     def then_maxpool(
         self, kernel: int, stride: int, padding: int
     ) -> Callable[[Tensor, Tensor | None, bool], Tensor] | None:
-        """max_pool2d of it, without its whole output ever lying in memory; None where Winograd serves it."""
-        if self.method != 1:
+        """max_pool2d of it, without its whole output ever lying in memory; None where it can not be had in rows."""
+        if self.method not in (1, 5):
             return None
         *geometry, _ = self.geometry
 
         def run(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+            options = (*geometry, relu, self.method, kernel, stride, padding)
             y = torch.ops.fastres_cpu.conv_maxpool.default(
-                layout.like(x, True), self.weight, self.shape, self.bias, *geometry, relu, kernel, stride, padding
+                layout.like(x, True), self.weight, self.shape, self.bias, *options
             )
             return layout.in_format(y, torch.channels_last)
 

@@ -1,0 +1,89 @@
+// The stem of conv.h (StemConv) over the rows of an image, and over all threads.
+#include <algorithm>
+
+#include "conv_methods.h"
+
+namespace fastres {
+namespace {
+
+StemConv stem_of(const Geometry& g) {
+  return {g.kernel_h, g.in_channels, g.out_channels, g.out_width, divide_up(g.out_width, 4), nullptr, nullptr, false};
+}
+
+}  // namespace
+
+bool stem_fits(const Geometry& g) {
+  return g.rows_as_taps() && g.kernel_w == 7 && g.stride_w == 2 && g.dilation_h == 1 && g.out_width >= 4;
+}
+
+int64_t stem_floats(const Geometry& g) { return stem_weights(stem_of(g)) * padded_channels(g.out_channels); }
+
+bool pack_stem(const Geometry& g, const WeightView& view, float* packed) {
+  const StemConv conv = stem_of(g);
+  const StemKernels& kernels = stem_kernels();
+  bool finite = true;
+  for (int64_t i = 0; i * kernels.panel < g.out_channels; ++i) finite &= kernels.pack(conv, view, i, packed);
+  return finite;
+}
+
+StemRows::StemRows(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue)
+    : g_(g),
+      x_(x),
+      kernels_(stem_kernels()),
+      conv_(stem_of(g)),
+      to_float_(to_float_kernel(x.dtype)),
+      line_(stem_line(conv_.tiles, kernels_.lanes) * g.in_channels),
+      pixels_(std::max(8 * (conv_.tiles + 1), g.width + 2 * g.pad_w)),
+      row_(pixels_ * g.in_channels),
+      planes_(8 * line_),
+      ring_(g.kernel_h * kStemValues * line_),
+      sums_(7 * conv_.tiles * kernels_.panel),
+      held_(g.kernel_h, -1) {
+  conv_.weight = packed;
+  conv_.bias = epilogue.bias;
+  conv_.relu = epilogue.relu;
+  std::fill(row_.data(), row_.data() + pixels_ * g.in_channels, 0.0f);
+}
+
+const float* StemRows::transformed(int64_t image, int64_t padded_row) {
+  const int64_t slot = padded_row % g_.kernel_h, id = image * g_.padded_height() + padded_row;
+  float* out = ring_.data() + slot * kStemValues * line_;
+  if (held_[slot] == id) return out;
+  held_[slot] = id;
+  const int64_t h = padded_row - g_.pad_h;
+  if (h < 0 || h >= g_.height) {
+    std::fill(out, out + kStemValues * line_, 0.0f);
+  } else {
+    const int64_t row = g_.width * g_.in_channels;
+    to_float_(element(x_.data, x_.dtype, (image * g_.height + h) * row), row, row_.data() + g_.pad_w * g_.in_channels);
+    kernels_.transform(conv_, row_.data(), planes_.data(), out);
+  }
+  return out;
+}
+
+bool StemRows::run(int64_t image, int64_t first, int64_t last, float* y) {
+  bool finite = true;
+  std::vector<const float*> rows(g_.kernel_h);
+  for (int64_t h = first; h < last; ++h, y += g_.out_width * g_.out_channels) {
+    for (int64_t r = 0; r < g_.kernel_h; ++r) rows[r] = transformed(image, h * g_.stride_h + r);
+    finite &= kernels_.row(conv_, rows.data(), sums_.data(), y);
+  }
+  return finite;
+}
+
+bool conv_stem(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, float* y) {
+  constexpr int64_t kRows = 16;  // of a task: the first one transforms kernel_h rows, the others stride_h each
+  const int64_t parts = divide_up(g.out_height, kRows), row = g.out_width * g.out_channels;
+  std::atomic<bool> finite{true};
+  share_tasks(g.images * parts, [&](const auto& take) {
+    StemRows rows(g, x, packed, epilogue);
+    for (int64_t task = take(); task >= 0; task = take()) {
+      const int64_t image = task / parts, part = task % parts;
+      const int64_t first = part * g.out_height / parts, last = (part + 1) * g.out_height / parts;
+      if (!rows.run(image, first, last, y + (image * g.out_height + first) * row)) finite = false;
+    }
+  });
+  return finite;
+}
+
+}  // namespace fastres
