@@ -12,7 +12,7 @@ from torch import nn
 
 from fastres import models
 
-METHODS = {0: "oneDNN", 1: "product", 2: "F(4x4)", 3: "F(2x2)", 4: "groups"}  # of kernels.convolution; 0: not ours
+METHODS = {0: "oneDNN", 1: "product", 2: "F(4x4)", 3: "F(2x2)", 4: "groups", 5: "rows"}  # of kernels.convolution; 0: not ours
 
 
 class Shape(NamedTuple):
@@ -108,5 +108,8 @@ def work(shape: Shape, batch: int, method: int, itemsize: int = 4) -> Work:
     if tile:
         weights = c * k * (tile + 2) ** 2
         multiplications = batch * (-(-out // tile)) ** 2 * weights
+    if name == "rows":  # F(4, 7) with stride 2 along the rows of outputs
+        weights = 13 * c * k * r
+        multiplications = batch * out * -(-out // 4) * weights
     moved = itemsize * (batch * h * h * c + batch * out * out * k + weights)
     return Work(name, 2 * direct, 2 * multiplications, moved)
