@@ -12,7 +12,14 @@ from torch import nn
 
 from fastres import models
 
-METHODS = {0: "oneDNN", 1: "product", 2: "F(4x4)", 3: "F(2x2)", 4: "groups", 5: "rows"}  # of kernels.convolution; 0: not ours
+METHODS = {
+    0: "oneDNN",
+    1: "product",
+    2: "F(4x4)",
+    3: "F(2x2)",
+    4: "groups",
+    5: "rows",
+}  # of kernels.convolution; 0: not ours
 
 
 class Shape(NamedTuple):

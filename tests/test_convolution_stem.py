@@ -3,9 +3,22 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from _convolution import GEMM, INF, NAN, NHWC, OPS, STEM, Conv, eager, nhwc, square
+from _convolution import (
+    GEMM,
+    INF,
+    NAN,
+    NHWC,
+    OPS,
+    STEM,
+    Conv,
+    eager,
+    eager_grads,
+    grad_weight,
+    nhwc,
+    square,
+)
 
-from fastres import functional
+from fastres import functional, use_kernels
 from fastres.testing import budget, relative_error
 
 CONVS = [
@@ -72,7 +85,7 @@ def test_weights_that_overflow_or_are_not_finite(value):
     conv = square(3, 24, 7, 2, 3, 33)
     x, weight, bias, *_ = conv.tensors()
     weight[5, 1, 3, 3] = value  # meets no padding: what NaN times that is, is not defined
-    assert not OPS.conv_pack(weight, conv.x, *conv.geometry, STEM).numel()
+    assert bool(OPS.conv_pack(weight, conv.x, *conv.geometry, STEM).numel()) == (value == 3e38)
     got = functional.conv_bias_act(x, weight, bias, act="identity", stride=2, padding=3)
     torch.testing.assert_close(got, F.conv2d(x, weight, bias, *conv.geometry), equal_nan=True)
 
@@ -138,3 +151,76 @@ def test_weights_that_do_not_fit():
         OPS.conv_maxpool(x, packed[GEMM], conv.weight, bias, *conv.geometry[:3], True, 2, *POOL)
     empty = nhwc(0, 3, 32, 32)
     assert run(conv, empty, weight).shape == (0, 64, 16, 16) and pooled(conv, empty, weight).shape == (0, 64, 8, 8)
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=str)
+def test_weight_gradient_against_float64(conv):
+    x, weight, *_, grad = conv.tensors()
+    truth = eager_grads(conv, grad.double(), x.double(), weight.double())[1]
+    witness = eager_grads(conv, grad, x, weight)[1]
+    got = grad_weight(conv, grad, x)
+    assert got.is_contiguous(memory_format=NHWC)
+    assert relative_error(got, truth) <= budget(relative_error(witness, truth), torch.float32, summed=True)
+    assert not torch.equal(got, grad_weight(conv, grad, x, winograd=False)), "the same method twice"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weight_gradient_in_half_precision(dtype):
+    conv = square(3, 24, 7, 2, 3, 37, batch=2)
+    x, weight, *_, grad = conv.tensors()
+    x, grad = x.to(dtype), grad.to(dtype)
+    wide = (t.float().contiguous(memory_format=NHWC) for t in (grad, x))
+    assert torch.equal(grad_weight(conv, grad, x), grad_weight(conv, *wide))
+
+
+def test_weight_gradient_is_the_same_for_any_number_of_threads():
+    conv = square(3, 64, 7, 2, 3, 64, batch=3)
+    x, *_, grad = conv.tensors()
+    want, before = grad_weight(conv, grad, x), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(grad_weight(conv, grad, x), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("of", ["x", "grad"])
+def test_gradients_with_values_that_are_not_finite(of, value):
+    """They reach what they reach in eager."""
+    conv = square(3, 24, 7, 2, 3, 33, batch=2)
+    x, weight, bias, *_, grad = conv.tensors()
+    (x if of == "x" else grad)[1, 2, 8, 9] = value
+    assert not grad_weight(conv, grad, x).numel()
+    tensors = weight.requires_grad_(), bias.requires_grad_()
+    y = functional.conv_bias_act(x, *tensors, act="identity", stride=2, padding=3)
+    want = torch.autograd.grad(F.conv2d(x, *tensors, *conv.geometry), tensors, grad)
+    for a, b in zip(torch.autograd.grad(y, tensors, grad), want, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_conv_bias_act():
+    """By our own kernels in eager training, and by PyTorch's where they are differentiated again."""
+    conv = square(3, 24, 7, 2, 3, 33, batch=2)
+    x, weight, bias, residual, grad = conv.tensors()
+    tensors = [t.requires_grad_() for t in (x, weight, bias, residual)]
+
+    def gradients(function, inputs, **options):
+        return torch.autograd.grad(function(*inputs), inputs, grad.to(inputs[0].dtype), **options)
+
+    def fused(*inputs):
+        return functional.conv_bias_act(*inputs, stride=2, padding=3)
+
+    def plain(x, weight, bias, residual):
+        return F.relu(F.conv2d(x, weight, bias, *conv.geometry) + residual)
+
+    truth = gradients(plain, [t.detach().double().requires_grad_() for t in tensors])
+    witness = gradients(plain, tensors)
+    for options in ({}, {"create_graph": True}):
+        for got, e, t in zip(gradients(fused, tensors, **options), witness, truth, strict=True):
+            assert relative_error(got, t) <= budget(relative_error(e, t), torch.float32, summed=True)
+        assert gradients(fused, tensors, **options)[0].requires_grad == bool(options)
+    own = gradients(fused, tensors)[1]
+    with use_kernels("reference"):
+        assert not torch.equal(gradients(fused, tensors)[1], own)

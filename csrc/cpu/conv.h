@@ -119,6 +119,10 @@ struct StemKernels {
   void (*transform)(const StemConv& conv, const float* row, float* planes, float* out);
   // One row of outputs from `taps` transformed rows; m: room for 7 * tiles * panel. Returns whether all are finite.
   bool (*row)(const StemConv& conv, const float* const* rows, float* m, float* y);
+  // What one row of the outputs' gradient adds to the sums of the weight's, which lie as the packed weight.
+  void (*gradient)(const StemConv& conv, const float* const* rows, const float* grad, float* m, float* sums);
+  // One panel of the gradient [out_channels][taps][7][in_channels] from `parts` such sums. Returns whether it is finite.
+  bool (*finish)(const StemConv& conv, int64_t index, const float* const* sums, int64_t parts, float* weight);
 };
 
 struct MaxPool {

@@ -279,14 +279,17 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const std::ve
   const Activation grad = nhwc(grad_y, "grad_y"), x_data = nhwc(x, "x");
   check_gradient(grad_y, g);
   STD_TORCH_CHECK(grad.dtype == x_data.dtype, "grad_y must have the dtype of x");
-  if (weight_left(g)) return cached_empty(0);
+  const bool stem = g.groups == 1 && method_of(g, winograd) == kStem && g.pixels() > 0;
+  if (!stem && weight_left(g)) return cached_empty(0);
   Tensor grad_weight = cached_empty(g.out_channels, g.group_in(), g.kernel_h, g.kernel_w, ScalarType::Float, true);
   float* out = static_cast<float*>(grad_weight.mutable_data_ptr());
   if (g.pixels() == 0) {
     std::fill(out, out + grad_weight.numel(), 0.0f);
     return grad_weight;
   }
-  if (groups > 1) {
+  if (stem) {
+    if (!stem_weight_gradient(g, grad, x_data, out)) return cached_empty(0);
+  } else if (groups > 1) {
     grouped_weight_gradient(g, fp32(grad), fp32(x_data), out);
   } else if (winograd_tile(method_of(g, winograd)) == 0 || !winograd_weight_gradient(g, grad, x_data, out)) {
     weight_gradient(g, grad, x_data, nullptr, out);

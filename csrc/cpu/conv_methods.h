@@ -172,8 +172,11 @@ class StemRows {
   StemRows(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue);
   // Rows [first, last) of an image to y, in fp32. Returns whether they are finite before the bias.
   bool run(int64_t image, int64_t first, int64_t last, float* y);
+  // Adds what rows [first, last) of an image give to sums of the weight's gradient.
+  void add_gradient(int64_t image, int64_t first, int64_t last, const Activation& grad, float* sums);
 
  private:
+  void rows_of(int64_t image, int64_t h);
   const float* transformed(int64_t image, int64_t padded_row);
 
   const Geometry& g_;
@@ -183,10 +186,13 @@ class StemRows {
   ToFloat to_float_;
   int64_t line_, pixels_;  // floats of one point of all channels; pixels of a row with its zeros
   Scratch row_, planes_, ring_, sums_;
-  std::vector<int64_t> held_;  // the row in each place of the ring
+  std::vector<int64_t> held_;       // the row in each place of the ring
+  std::vector<const float*> rows_;  // of an output row
 };
 // Returns whether all outputs are finite; if not, the direct way has to compute them.
 bool conv_stem(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, float* y);
+// out[k][r][s][c]; returns whether it is finite.
+bool stem_weight_gradient(const Geometry& g, const Activation& grad, const Activation& x, float* out);
 
 GroupShape group_shape(const Geometry& g);
 int64_t grouped_floats(const GroupShape& shape, const Taps& taps);  // of the packed weight

@@ -38,7 +38,8 @@ StemRows::StemRows(const Geometry& g, const Activation& x, const float* packed, 
       planes_(8 * line_),
       ring_(g.kernel_h * kStemValues * line_),
       sums_(7 * conv_.tiles * kernels_.panel),
-      held_(g.kernel_h, -1) {
+      held_(g.kernel_h, -1),
+      rows_(g.kernel_h) {
   conv_.weight = packed;
   conv_.bias = epilogue.bias;
   conv_.relu = epilogue.relu;
@@ -61,14 +62,29 @@ const float* StemRows::transformed(int64_t image, int64_t padded_row) {
   return out;
 }
 
+void StemRows::rows_of(int64_t image, int64_t h) {
+  for (int64_t r = 0; r < g_.kernel_h; ++r) rows_[r] = transformed(image, h * g_.stride_h + r);
+}
+
 bool StemRows::run(int64_t image, int64_t first, int64_t last, float* y) {
   bool finite = true;
-  std::vector<const float*> rows(g_.kernel_h);
   for (int64_t h = first; h < last; ++h, y += g_.out_width * g_.out_channels) {
-    for (int64_t r = 0; r < g_.kernel_h; ++r) rows[r] = transformed(image, h * g_.stride_h + r);
-    finite &= kernels_.row(conv_, rows.data(), sums_.data(), y);
+    rows_of(image, h);
+    finite &= kernels_.row(conv_, rows_.data(), sums_.data(), y);
   }
   return finite;
+}
+
+void StemRows::add_gradient(int64_t image, int64_t first, int64_t last, const Activation& grad, float* sums) {
+  const int64_t row = g_.out_width * g_.out_channels;
+  std::vector<float> copy(grad.dtype != 0 ? row : 0);
+  for (int64_t h = first; h < last; ++h) {
+    rows_of(image, h);
+    const void* from = element(grad.data, grad.dtype, (image * g_.out_height + h) * row);
+    if (grad.dtype != 0) to_float_kernel(grad.dtype)(from, row, copy.data());
+    kernels_.gradient(conv_, rows_.data(), grad.dtype != 0 ? copy.data() : static_cast<const float*>(from),
+                      sums_.data(), sums);
+  }
 }
 
 bool conv_stem(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, float* y) {
@@ -81,6 +97,36 @@ bool conv_stem(const Geometry& g, const Activation& x, const float* packed, cons
       const int64_t image = task / parts, part = task % parts;
       const int64_t first = part * g.out_height / parts, last = (part + 1) * g.out_height / parts;
       if (!rows.run(image, first, last, y + (image * g.out_height + first) * row)) finite = false;
+    }
+  });
+  return finite;
+}
+
+bool stem_weight_gradient(const Geometry& g, const Activation& grad, const Activation& x, float* out) {
+  constexpr int64_t kParts = 32;  // sums that are added in order: how many depends on the shape alone
+  const StemKernels& kernels = stem_kernels();
+  const StemConv conv = stem_of(g);
+  const int64_t rows = g.images * g.out_height, parts = std::min(rows, kParts), floats = stem_floats(g);
+  const Scratch sums(parts * floats);
+  std::vector<const float*> sums_of(parts);
+  for (int64_t i = 0; i < parts; ++i) sums_of[i] = sums.data() + i * floats;
+  share_tasks(parts, [&](const auto& take) {
+    StemRows stem(g, x, nullptr, {});
+    for (int64_t part = take(); part >= 0; part = take()) {
+      float* own = sums.data() + part * floats;
+      std::fill(own, own + floats, 0.0f);
+      for (int64_t row = part * rows / parts, end = (part + 1) * rows / parts; row < end;) {
+        const int64_t image = row / g.out_height, first = row % g.out_height;
+        const int64_t last = std::min(g.out_height, first + end - row);
+        stem.add_gradient(image, first, last, grad, own);
+        row += last - first;
+      }
+    }
+  });
+  std::atomic<bool> finite{true};
+  torch::stable::parallel_for(0, divide_up(g.out_channels, kernels.panel), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!kernels.finish(conv, i, sums_of.data(), parts, out)) finite = false;
     }
   });
   return finite;

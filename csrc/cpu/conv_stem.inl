@@ -8,6 +8,7 @@
 //   weight   even: (g0 + p g1 + p^2 g2 + p^3 g3) / D  at 0: g0     D = 2 p^2 (p^2 - q) (p^2 - q')
 //            odd:  (h0 + p h1 + p^2 h2) |p| / D
 //   output   y_j = sum over p of p^j m_p
+// Backwards: the gradient of m_p is the sum over j of p^j grad_y_j; its products with the input are gradients of the transformed weight.
 // The error is that of the direct way, because few and small factors occur.
 
 constexpr int kStemPoints = 6;  // and 0
@@ -177,4 +178,92 @@ static bool stem_row(const StemConv& p, const float* const* rows, float* m, floa
   return all_finite(check);
 }
 
-constexpr StemKernels stem_table = {kPanel, W, stem_pack, stem_transform, stem_row};
+// The values p^j grad_y_j of all tiles of a row, at all points: m [point][tiles][columns].
+template <int NV>
+static void stem_transform_gradient(const StemConv& p, int64_t first, const float* grad, float* m) {
+  const int64_t plane = p.tiles * NV * W;
+  for (int v = 0; v < NV; ++v) {
+    const int64_t channel = first + v * W, lanes = p.out_channels - channel < W ? p.out_channels - channel : W;
+    for (int64_t t = 0; t < p.tiles; ++t) {
+      vf g[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const float* from = grad + (4 * t + i) * p.out_channels + channel;
+        g[i] = 4 * t + i >= p.out_width ? vf{} : lanes == W ? load(from) : load(from, lanes);
+      }
+      float* to = m + (t * NV + v) * W;
+#pragma GCC unroll 3
+      for (int i = 0; i < kStemPoints / 2; ++i) {
+        const float x = kStemPairs[i].magnitude;
+        const vf even = g[0] + x * x * g[2], odd = x * (g[1] + x * x * g[3]);
+        store(to + 2 * i * plane, even + odd);
+        store(to + (2 * i + 1) * plane, even - odd);
+      }
+      store(to + kStemPoints * plane, g[0]);
+    }
+  }
+}
+
+// sums, in the places of the packed weight, plus what a row of grad adds to them.
+static void stem_gradient(const StemConv& p, const float* const* rows, const float* grad, float* m, float* sums) {
+  const int64_t line = stem_line(p.tiles, W);
+  for (int64_t first = 0; first < p.out_channels; first += kPanel) {
+    with_vectors(panel_vectors(p.out_channels, first / kPanel), [&](auto vectors) {
+      constexpr int NV = decltype(vectors)::n;
+      stem_transform_gradient<NV>(p, first, grad, m);
+      float* to = sums + first * stem_weights(p);
+      for (int point = 0; point <= kStemPoints; ++point) {
+        for (int64_t tap = 0; tap < p.taps; ++tap) {
+          const float* values = rows[tap] + 2 * point * p.in_channels * line;
+          for_each_tile(stem_depth(p, point), [&](int64_t k, int64_t height) {
+            const float* lines[kTileRows];
+            for (int r = 0; r < height; ++r) lines[r] = values + (k + r) * line;
+            tile_of_rows<NV>(height, lines, 0, 1, p.tiles, m + point * p.tiles * NV * W, [&](int r, int v, vf sum) {
+              float* place = to + ((k + r) * NV + v) * W;
+              store(place, load(place) + sum);
+            });
+          });
+          to += stem_depth(p, point) * NV * W;
+        }
+      }
+    });
+  }
+}
+
+// weight [out_channels][taps][7][in_channels] of one panel, from sums that stem_gradient left in `parts` buffers. Returns whether it is finite.
+static bool stem_finish(const StemConv& p, int64_t index, const float* const* sums, int64_t parts, float* weight) {
+  const int64_t first = index * kPanel, columns = panel_vectors(p.out_channels, index) * W, channels = p.in_channels;
+  const int64_t last = p.out_channels - first < columns ? p.out_channels : first + columns;
+  bool finite = true;
+  for (int64_t k = first; k < last; ++k) {
+    for (int64_t tap = 0; tap < p.taps; ++tap) {
+      for (int64_t depth = 0; depth < 2 * channels; ++depth) {
+        const bool odd = depth >= channels;
+        double taps[4] = {};
+        for (int point = 0; point < kStemPoints + !odd; ++point) {
+          const int64_t row = (2 * point * p.taps + (point < kStemPoints ? 2 : 1) * tap) * channels + depth;
+          double sum = 0;
+          for (int64_t part = 0; part < parts; ++part) {
+            sum += sums[part][first * stem_weights(p) + row * columns + k - first];
+          }
+          if (point == kStemPoints) {
+            taps[0] += sum;
+            continue;
+          }
+          const StemPoint& pair = kStemPairs[point / 2];
+          const double x = point % 2 == 0 ? pair.magnitude : -pair.magnitude;
+          sum *= (odd ? pair.magnitude : 1) / pair.d;
+          for (int s = 0; s < 4; ++s, sum *= x) taps[s] += sum;
+        }
+        for (int s = 0; s < 4 - odd; ++s) {
+          const float value = static_cast<float>(taps[s]);
+          weight[((k * p.taps + tap) * 7 + 2 * s + odd) * channels + depth % channels] = value;
+          finite = finite && value - value == 0;
+        }
+      }
+    }
+  }
+  return finite;
+}
+
+constexpr StemKernels stem_table = {kPanel, W, stem_pack, stem_transform, stem_row, stem_gradient, stem_finish};

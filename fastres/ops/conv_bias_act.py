@@ -6,6 +6,7 @@ Saved for backward: x, weight and, with ReLU, y.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,16 +46,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, output if ctx.relu else None)
 
 
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, grad_y: Tensor, gradients: Callable[..., Sequence[Tensor | None]] = convolution.aten_backward
+) -> tuple[Any, ...]:
     x, weight, y = ctx.saved_tensors
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     g = grad_y if y is None else torch.where(y <= 0, 0.0, grad_y)
     needed = (need_x, need_weight, need_bias)
-    grads = (
-        convolution.aten_backward(g, x, weight, ctx.has_bias, tuple(ctx.geometry), needed)
-        if any(needed)
-        else (None,) * 3
-    )
+    grads = gradients(g, x, weight, ctx.has_bias, tuple(ctx.geometry), needed) if any(needed) else (None,) * 3
     return (
         *(grad if need else None for grad, need in zip(grads, needed, strict=True)),
         g if need_residual else None,
@@ -62,7 +61,14 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     )
 
 
-call = registration.differentiable(op, _setup_context, _backward)
+def _eager_backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    """By our own kernels where they served forward, unless the gradients are to be differentiated again."""
+    x, weight, _ = ctx.saved_tensors
+    own = not torch.is_grad_enabled() and registration.served_by(op, x, weight, None, None, *ctx.geometry, ctx.relu)
+    return _backward(ctx, grad_y, convolution.convolve_backward if own == "cpu" else convolution.aten_backward)
+
+
+call = registration.differentiable(op, _setup_context, _backward, _eager_backward)
 
 
 def _cast(dtype: torch.dtype, x: Any, weight: Any, bias: Any, residual: Any, *rest: Any) -> tuple[Any, ...]:

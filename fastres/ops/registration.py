@@ -29,12 +29,24 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
     return getattr(torch.ops.fastres, name).default
 
 
-def differentiable(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+def differentiable(
+    op: Any,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    eager_backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Gives `op` its gradient. Returns the function to call: op itself for tracing and without gradients, and for
-    eager training an autograd.Function around it, which costs half of what a registered formula costs."""
+    eager training an autograd.Function around it, which costs half of what a registered formula costs.
+
+    eager_backward: of eager training, where it is not `backward`: what it calls need not be traceable."""
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
-    eager = _function(op, lambda *args: op(*args), setup_context, backward)
+    eager = _function(op, lambda *args: op(*args), setup_context, eager_backward or backward)
     return lambda *args: _apply(op, eager, args) if _records(args) else op(*args)
+
+
+def served_by(op: Any, *args: Any) -> str:
+    """The name of the kernel that serves this call."""
+    return table.select(op.name().split("::")[1], args).name
 
 
 def forked(
