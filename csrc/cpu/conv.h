@@ -74,10 +74,19 @@ struct WinogradConv {
   const float* weight;  // packed: [panel][(M + 2)^2][in_channels][columns of the panel], in planes of winograd_plane
   void* y;
   Epilogue epilogue;
+  // Null, or [3][out_channels] for a group of tiles: a point near the outputs, and the sums of the outputs minus the point and of
+  // their squares. Of the outputs as they are stored.
+  double* sums = nullptr;
   int64_t tile_rows() const { return (out_height + tile - 1) / tile; }
   int64_t tile_columns() const { return (out_width + tile - 1) / tile; }
   int64_t positions() const { return (tile + 2) * (tile + 2); }  // of a transformed tile
   int64_t tiles() const { return images * tile_rows() * tile_columns(); }
+  // Output pixels of the first `count` tiles.
+  int64_t pixels_of(int64_t count) const {
+    const int64_t plane = tile_rows() * tile_columns(), rest = count % plane, row = rest / tile_columns();
+    const int64_t top = row * tile, rows = top + tile < out_height ? tile : out_height - top;
+    return (count / plane * out_height + top) * out_width + rest % tile_columns() * tile * rows;
+  }
 };
 
 struct WinogradKernels {
