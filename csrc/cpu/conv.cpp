@@ -49,55 +49,54 @@ bool pack_winograd(const WeightView& view, int64_t tile, float* packed) {
 
 namespace {
 
-// Blocks of work: about the same number for 1, 2, 4 or 8 threads, but whose sums do not depend on that.
+// As many blocks of work for 1, 2, 4 or 8 threads: sums over them must not depend on the number of threads.
 int64_t even_blocks(int64_t blocks) {
   const int64_t step = std::min<int64_t>(std::bit_floor(static_cast<uint64_t>(blocks)), 8);
   return divide_up(blocks, step) * step;
 }
 
-int64_t cached_blocks(const GemmConv& conv) {
-  constexpr int64_t kCacheFloats = 1 << 16;  // 256 KB: half of a small L2, for the input of a block
-  const int64_t pixels = conv.images * conv.grid_height * conv.grid_width, rows = gemm_conv_kernels().tile_rows;
-  return divide_up(pixels, std::clamp<int64_t>(kCacheFloats / std::max<int64_t>(conv.depth, 1), 4 * rows, 32 * rows));
-}
-
 }  // namespace
 
-int64_t gemm_blocks(const GemmConv& conv) { return even_blocks(cached_blocks(conv)); }
-
 // Cuts the work into blocks of pixels, and into ranges of panels where there are few pixels; each is one call of run.
-void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t, int64_t)>& then) {
+void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>& then, BlockSums* sums) {
   const GemmConvKernels& kernels = gemm_conv_kernels();
-  const int64_t pixels = conv.images * conv.grid_height * conv.grid_width;
+  constexpr int64_t kCacheFloats = 1 << 16;  // 256 KB: half of a small L2, for the input of a block
+  const int64_t pixels = conv.images * conv.grid_height * conv.grid_width, rows = kernels.tile_rows;
   if (pixels == 0) return;
   const int64_t panels = divide_up(conv.channels, kernels.panel), threads = torch::stable::get_num_threads();
-  int64_t blocks = then ? gemm_blocks(conv) : cached_blocks(conv), parts = 1;
+  const int64_t block = std::clamp<int64_t>(kCacheFloats / std::max<int64_t>(conv.depth, 1), 4 * rows, 32 * rows);
+  int64_t blocks = divide_up(pixels, block), parts = 1;
+  if (sums) blocks = even_blocks(blocks);
   if (conv.taps * conv.channels > 2 * pixels || blocks < threads) {
     parts = std::min(panels, threads);  // more weights than input: each thread reads its part of them
-  } else if (!then) {
+  } else if (!sums) {
     blocks = divide_up(blocks, threads) * threads;  // the same number for each thread
+  }
+  const auto first_pixel = [&](int64_t i) { return i * pixels / blocks; };
+  if (sums) {
+    sums->reserve(conv.channels, blocks);
+    for (int64_t i = 0; i < blocks; ++i) sums->pixels[i] = first_pixel(i + 1) - first_pixel(i);
   }
   share_tasks(parts > 1 ? parts : blocks, [&](const auto& take) {
     const int64_t most = divide_up(pixels, blocks);  // pixels of a block
     std::vector<const void*> table((conv.taps + 2) * most);
     const Scratch scratch(gemm_scratch_floats(conv, most, kernels.panel));
+    GemmConv mine = conv;
     const auto run = [&](int64_t block_index, int64_t part) {
-      kernels.run(conv, block_index * pixels / blocks, (block_index + 1) * pixels / blocks, part * panels / parts,
+      if (sums) mine.sums = sums->block(block_index);
+      kernels.run(mine, first_pixel(block_index), first_pixel(block_index + 1), part * panels / parts,
                   (part + 1) * panels / parts, table.data(), scratch.data());
     };
     for (int64_t task = take(); task >= 0; task = take()) {
       if (parts == 1) {
         run(task, 0);
-        if (then) then(task, task * pixels / blocks, (task + 1) * pixels / blocks);
+        if (then) then(first_pixel(task), first_pixel(task + 1));
       } else {
         for (int64_t i = 0; i < blocks; ++i) run(i, task);
       }
     }
   });
-  if (!then || parts == 1) return;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) then(i, i * pixels / blocks, (i + 1) * pixels / blocks);
-  });
+  if (then && parts > 1) then(0, pixels);
 }
 
 void pad_rows(const Geometry& g, const Activation& x, float* out, int64_t begin, int64_t end) {
@@ -369,7 +368,7 @@ Tensor convolve(const Tensor& x, const Tensor& packed, const Geometry& g, const 
                   "packed weight does not fit");
   if (sums != nullptr && g.groups == 1) {
     const ForwardGemm gemm(g, x_data, weight_data, epilogue, y_data);
-    run_gemm(gemm.conv, sums->gather(gemm.conv, gemm_blocks(gemm.conv)));
+    run_gemm(gemm.conv, {}, sums);
   } else {
     conv_gemm(g, x_data, weight_data, epilogue, y_data);
   }

@@ -25,6 +25,9 @@ struct Epilogue {
   bool relu;
 };
 
+// `sums` of a convolution: null, or [3][output channels] for sums over a block of its outputs, as they are stored. p, a point near
+// them; sum of y - p; sum of (y - p)^2. Sums of distances to a point of the block's own do not cancel when the mean is large.
+
 // Implicit matrix product: y[pixel] = sum over taps t of x[pixel moved by t] * weight[t].
 struct GemmConv {
   // The grid of output pixels that are computed: images x grid_height x grid_width.
@@ -44,6 +47,7 @@ struct GemmConv {
   int64_t channels;     // output channels
   const float* weight;  // packed: [panel][tap][depth][columns of the panel]
   Epilogue epilogue;
+  float* sums = nullptr;  // of the outputs of a call of run
 };
 
 struct GemmConvKernels {
@@ -74,9 +78,7 @@ struct WinogradConv {
   const float* weight;  // packed: [panel][(M + 2)^2][in_channels][columns of the panel], in planes of winograd_plane
   void* y;
   Epilogue epilogue;
-  // Null, or [3][out_channels] for a group of tiles: a point near the outputs, and the sums of the outputs minus the point and of
-  // their squares. Of the outputs as they are stored.
-  double* sums = nullptr;
+  float* sums = nullptr;  // of the outputs of a group of tiles
   int64_t tile_rows() const { return (out_height + tile - 1) / tile; }
   int64_t tile_columns() const { return (out_width + tile - 1) / tile; }
   int64_t positions() const { return (tile + 2) * (tile + 2); }  // of a transformed tile

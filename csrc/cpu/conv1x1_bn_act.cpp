@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_bn_act(
   Tensor mask = empty_of(x, save_mask ? g.pixels() * divide_up(out, 8) : 0, ScalarType::Byte);
   if (save_mask) {
     uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
-    run_gemm(gemm.conv, [&](int64_t, int64_t begin, int64_t end) {  // while these pixels of y are in the cache
+    run_gemm(gemm.conv, [&](int64_t begin, int64_t end) {  // while these pixels of y are in the cache
       gram_kernels().mask_of_relu(floats_of(y), out, begin, end, bits);
     });
   } else {

@@ -151,10 +151,8 @@ struct ForwardGemm {
   ForwardGemm(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, void* y);
 };
 
-// All pixels and panels, on all threads; then(i, begin, end) when the pixels of block i are there. With `then` there are as many
-// blocks as gemm_blocks says.
-void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t, int64_t)>& then = {});
-int64_t gemm_blocks(const GemmConv& conv);
+// All pixels and panels, on all threads; then(begin, end) when these pixels are there. sums: of y, or null.
+void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>& then = {}, BlockSums* sums = nullptr);
 void conv_gemm(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, void* y);
 // With the direct way behind it where x has an infinity or NaN. sums: of y, or null; left empty if the direct way was taken.
 void conv_winograd(const Geometry& g, int64_t tile, const Activation& x, const float* packed, const Epilogue& epilogue,

@@ -2,9 +2,7 @@
 #include "conv_statistics.h"
 
 #include <algorithm>
-#include <cmath>
 
-#include "bn_act.h"
 #include "conv_methods.h"
 
 namespace fastres {
@@ -15,51 +13,27 @@ void BlockSums::reserve(int64_t channels_, int64_t blocks) {
   values.resize(3 * channels * blocks);
 }
 
-std::function<void(int64_t, int64_t, int64_t)> BlockSums::gather(const GemmConv& conv, int64_t blocks) {
-  reserve(conv.channels, blocks);
-  return [this, conv](int64_t i, int64_t begin, int64_t end) {
-    constexpr int64_t kSamples = 4;
-    double *near = block(i), *sum1 = near + channels, *sum2 = sum1 + channels;
-    std::fill(near, near + 3 * channels, 0.0);
-    std::vector<float> point(padded_channels(channels));
-    for (int64_t s = 0; s < kSamples; ++s) {
-      const int64_t pixel = begin + (end - begin) * s / kSamples;
-      to_float_kernel(conv.y_dtype)(element(conv.y, conv.y_dtype, pixel * channels), channels, point.data());
-      for (int64_t c = 0; c < channels; ++c) near[c] += point[c] / kSamples;
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      point[c] = std::isfinite(near[c]) ? static_cast<float>(near[c]) : 0.0f;
-      near[c] = point[c];
-    }
-    BnAct args{};
-    args.channels = args.length = channels;
-    args.runs = end;
-    args.x = conv.y;
-    args.mean = point.data();
-    bn_act_kernels(conv.y_dtype, true).statistics(args, begin, end, sum1, sum2);
-    pixels[i] = end - begin;
-  };
-}
-
-// With d the distances to a block's point p, and m the mean: sum of (p + d - m)^2 = sum d^2 + 2 (p - m) sum d + n (p - m)^2.
+// With s1, s2 the sums of d and d^2 for the distances d of a block's n values from its point p, and m the mean of all:
+// sum of (p + d - m)^2 = s2 + 2 (p - m) s1 + n (p - m)^2.
 void BlockSums::statistics(double* mean, double* var) const {
+  const int64_t blocks = static_cast<int64_t>(pixels.size());
   double count = 0;
   std::fill(mean, mean + channels, 0.0);
   std::fill(var, var + channels, 0.0);
-  const double* block = values.data();
-  for (const int64_t n : pixels) {
-    for (int64_t c = 0; c < channels; ++c) mean[c] += static_cast<double>(n) * block[c] + block[channels + c];
-    count += static_cast<double>(n);
-    block += 3 * channels;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const float *p = values.data() + 3 * channels * i, *s1 = p + channels;
+    const double n = static_cast<double>(pixels[i]);
+    for (int64_t c = 0; c < channels; ++c) mean[c] += n * p[c] + s1[c];
+    count += n;
   }
   for (int64_t c = 0; c < channels; ++c) mean[c] /= count;
-  block = values.data();
-  for (const int64_t n : pixels) {
+  for (int64_t i = 0; i < blocks; ++i) {
+    const float *p = values.data() + 3 * channels * i, *s1 = p + channels, *s2 = s1 + channels;
+    const double n = static_cast<double>(pixels[i]);
     for (int64_t c = 0; c < channels; ++c) {
-      const double from_mean = block[c] - mean[c];
-      var[c] += block[2 * channels + c] + from_mean * (2 * block[channels + c] + static_cast<double>(n) * from_mean);
+      const double from_mean = p[c] - mean[c];
+      var[c] += s2[c] + from_mean * (2.0 * s1[c] + n * from_mean);
     }
-    block += 3 * channels;
   }
   for (int64_t c = 0; c < channels; ++c) var[c] = var[c] < 0 ? 0.0 : var[c] / count;
 }

@@ -215,8 +215,6 @@ FASTRES_INLINE vf rounded(vf z) {
   return load(buffer);
 }
 
-FASTRES_INLINE vf finite_or_zero(vf z) { return select((z - z) == 0.0f, z, vf{}); }
-
 // The mean of a tile's outputs, of those in the image.
 template <int M>
 FASTRES_INLINE vf tile_mean(const vf rows[M][M + 2], int64_t height, int64_t width) {
@@ -239,8 +237,7 @@ static vf winograd_output(const WinogradConv& p, int64_t first, int64_t group, i
   const vf bias = p.epilogue.bias ? load(p.epilogue.bias + channel) : vf{};
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   T* y = static_cast<T*>(p.y);
-  vf check{}, point{};
-  vd total1{}, total2{};
+  vf check{}, point{}, total1{}, total2{};
   for (int64_t t = 0; t < group; ++t) {
     const TilePlace place = tile_place(p, first + t);
     const float* in = m + t * columns;
@@ -275,12 +272,13 @@ static vf winograd_output(const WinogradConv& p, int64_t first, int64_t group, i
         }
       }
     }
-    total1 += __builtin_convertvector(sum1, vd);
-    total2 += __builtin_convertvector(sum2, vd);
+    total1 += sum1;
+    total2 += sum2;
   }
   if (kSums) {
-    const vd sums[3] = {__builtin_convertvector(point, vd), total1, total2};
-    for (int i = 0; i < 3; ++i) __builtin_memcpy(p.sums + i * p.out_channels + channel, &sums[i], sizeof(vd));
+    store(p.sums + channel, point);
+    store(p.sums + p.out_channels + channel, total1);
+    store(p.sums + 2 * p.out_channels + channel, total2);
   }
   return check;
 }
