@@ -168,8 +168,13 @@ def test_frozen_statistics_are_not_replaced():
     assert (mean == 0.5).all() and (var == 2.0).all()
 
 
-def test_empty_batch():
+@pytest.mark.parametrize(
+    ("shape", "message"), [((0, 16, 8, 8), "x is empty"), ((16, 8, 8), "4 dimensions"), ((1, 8, 8, 8), "channels")]
+)
+def test_bad_input(shape, message):
     conv = square(16, 16, 3, 1, 1, 8)
     packed = OPS.conv_pack(torch.randn(conv.weight), conv.x, *conv.geometry, GEMM)
-    with pytest.raises(RuntimeError, match="x is empty"):
-        OPS.conv_with_statistics(torch.randn(0, 16, 8, 8), packed, conv.weight, None, *conv.geometry, GEMM)
+    x = torch.randn(shape)
+    x = x.contiguous(memory_format=NHWC) if x.dim() == 4 else x
+    with pytest.raises(RuntimeError, match=message):
+        OPS.conv_with_statistics(x, packed, conv.weight, None, *conv.geometry, GEMM)

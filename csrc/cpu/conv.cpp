@@ -380,6 +380,7 @@ namespace {
 Tensor conv(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& weight, const OptionalTensor& bias,
             const OptionalTensor& residual, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
             const std::vector<int64_t>& dilation, int64_t groups, bool relu, int64_t method) {
+  check_dense(x, true, "x");
   const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, weight, stride, padding, dilation, groups);
   return convolve(x, packed, g, bias, residual, relu, method, nullptr);
 }

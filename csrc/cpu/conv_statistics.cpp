@@ -46,6 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_with_statistics(const Tensor& x, const T
                                                         const std::vector<int64_t>& padding,
                                                         const std::vector<int64_t>& dilation, int64_t groups,
                                                         int64_t method) {
+  check_dense(x, true, "x");
   const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, weight, stride, padding, dilation, groups);
   STD_TORCH_CHECK(g.pixels() > 0, "x is empty");
   BlockSums sums;
