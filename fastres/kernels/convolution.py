@@ -165,7 +165,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any
 def convolve_with_statistics(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """conv2d(x, weight, bias); where our own kernels serve also the mean and biased variance (float64) of its channels."""
+    """conv2d(x, weight, bias), and where our own kernels serve the mean and biased variance (float64) of a channel."""
     if why_not(x, weight, bias, None, *geometry) is not None:
         return convolve(x, weight, bias, geometry), None, None
     return prepare(x, weight, bias, *geometry).with_statistics(x)
