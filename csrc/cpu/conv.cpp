@@ -2,6 +2,7 @@
 #include "conv.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "conv_methods.h"
@@ -46,8 +47,18 @@ bool pack_winograd(const WeightView& view, int64_t tile, float* packed) {
   return pack_panels(view.out_channels, kernels.panel, [&](int64_t i) { return kernels.pack(view, i, packed); });
 }
 
+namespace {
+
+// As many blocks of work for 1, 2, 4 or 8 threads: sums over them must not depend on the number of threads.
+int64_t even_blocks(int64_t blocks) {
+  const int64_t step = std::min<int64_t>(std::bit_floor(static_cast<uint64_t>(blocks)), 8);
+  return divide_up(blocks, step) * step;
+}
+
+}  // namespace
+
 // Cuts the work into blocks of pixels, and into ranges of panels where there are few pixels; each is one call of run.
-void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>& then) {
+void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>& then, BlockSums* sums) {
   const GemmConvKernels& kernels = gemm_conv_kernels();
   constexpr int64_t kCacheFloats = 1 << 16;  // 256 KB: half of a small L2, for the input of a block
   const int64_t pixels = conv.images * conv.grid_height * conv.grid_width, rows = kernels.tile_rows;
@@ -55,23 +66,31 @@ void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>&
   const int64_t panels = divide_up(conv.channels, kernels.panel), threads = torch::stable::get_num_threads();
   const int64_t block = std::clamp<int64_t>(kCacheFloats / std::max<int64_t>(conv.depth, 1), 4 * rows, 32 * rows);
   int64_t blocks = divide_up(pixels, block), parts = 1;
+  if (sums) blocks = even_blocks(blocks);
   if (conv.taps * conv.channels > 2 * pixels || blocks < threads) {
     parts = std::min(panels, threads);  // more weights than input: each thread reads its part of them
-  } else {
+  } else if (!sums) {
     blocks = divide_up(blocks, threads) * threads;  // the same number for each thread
+  }
+  const auto first_pixel = [&](int64_t i) { return i * pixels / blocks; };
+  if (sums) {
+    sums->reserve(conv.channels, blocks);
+    for (int64_t i = 0; i < blocks; ++i) sums->pixels[i] = first_pixel(i + 1) - first_pixel(i);
   }
   share_tasks(parts > 1 ? parts : blocks, [&](const auto& take) {
     const int64_t most = divide_up(pixels, blocks);  // pixels of a block
     std::vector<const void*> table((conv.taps + 2) * most);
     const Scratch scratch(gemm_scratch_floats(conv, most, kernels.panel));
+    GemmConv mine = conv;
     const auto run = [&](int64_t block_index, int64_t part) {
-      kernels.run(conv, block_index * pixels / blocks, (block_index + 1) * pixels / blocks, part * panels / parts,
+      if (sums) mine.sums = sums->block(block_index);
+      kernels.run(mine, first_pixel(block_index), first_pixel(block_index + 1), part * panels / parts,
                   (part + 1) * panels / parts, table.data(), scratch.data());
     };
     for (int64_t task = take(); task >= 0; task = take()) {
       if (parts == 1) {
         run(task, 0);
-        if (then) then(task * pixels / blocks, (task + 1) * pixels / blocks);
+        if (then) then(first_pixel(task), first_pixel(task + 1));
       } else {
         for (int64_t i = 0; i < blocks; ++i) run(i, task);
       }
@@ -161,7 +180,7 @@ namespace {
 //
 // Tiles go in groups whose transforms stay in L2, panel after panel of the weights from products to outputs. Weights too large for
 // any cache are read once: by all tiles, position by position, and divided between the threads. So are those of few tiles.
-bool run_winograd(const WinogradConv& conv) {
+bool run_winograd(const WinogradConv& conv, BlockSums* sums) {
   const WinogradKernels& kernels = winograd_kernels(conv.tile);
   const int64_t threads = torch::stable::get_num_threads(), tiles = conv.tiles(), rows = kernels.tile_rows;
   const int64_t panels = divide_up(conv.out_channels, kernels.panel), positions = conv.positions();
@@ -172,9 +191,22 @@ bool run_winograd(const WinogradConv& conv) {
   const auto room = [&](int64_t group, int64_t range) {
     return positions * winograd_plane(group, kernels.panel) * (large ? range : 1);
   };
+  const int64_t fixed_groups = sums ? even_blocks(divide_up(tiles, most)) : 0;
+  if (sums) {
+    sums->reserve(conv.out_channels, fixed_groups);
+    for (int64_t i = 0; i < fixed_groups; ++i) {
+      sums->pixels[i] = conv.pixels_of((i + 1) * tiles / fixed_groups) - conv.pixels_of(i * tiles / fixed_groups);
+    }
+  }
+  const auto multiply = [&](int64_t i, int64_t first, int64_t count, int64_t begin, int64_t end, const float* v,
+                            float* m) {
+    WinogradConv group = conv;
+    if (sums) group.sums = sums->block(i);
+    return kernels.multiply(group, first, count, begin, end, large ? end - begin : 1, v, m);
+  };
   if (panels >= threads && (tiles <= 12 * threads || (large && tiles < conv.out_channels))) {
     std::vector<char> finite(panels, 1);
-    const int64_t groups = large ? divide_up(tiles, most) : 1;
+    const int64_t groups = sums ? fixed_groups : large ? divide_up(tiles, most) : 1;
     const Scratch v(positions * winograd_plane(divide_up(tiles, groups), conv.in_channels));
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t first = i * tiles / groups, count = (i + 1) * tiles / groups - first;
@@ -186,14 +218,14 @@ bool run_winograd(const WinogradConv& conv) {
         const Scratch m(room(count, divide_up(panels, parts)));
         for (int64_t part = take(); part >= 0; part = take()) {
           const int64_t begin = part * panels / parts, end = (part + 1) * panels / parts;
-          finite[begin] &=
-              kernels.multiply(conv, first, count, begin, end, large ? end - begin : 1, v.data(), m.data());
+          finite[begin] &= multiply(i, first, count, begin, end, v.data(), m.data());
         }
       });
     }
     return std::all_of(finite.begin(), finite.end(), [](char ok) { return ok; });
   }
-  const int64_t groups = divide_up(divide_up(tiles, most), threads) * threads, group = divide_up(tiles, groups);
+  const int64_t groups = sums ? fixed_groups : divide_up(divide_up(tiles, most), threads) * threads;
+  const int64_t group = divide_up(tiles, groups);
   std::vector<char> finite(groups, 1);
   share_tasks(groups, [&](const auto& take) {
     const int64_t v_floats = positions * winograd_plane(group, conv.in_channels);
@@ -202,7 +234,7 @@ bool run_winograd(const WinogradConv& conv) {
     for (int64_t i = take(); i >= 0; i = take()) {
       const int64_t first = i * tiles / groups, count = (i + 1) * tiles / groups - first;
       kernels.transform(conv, first, count, 0, count, v);
-      finite[i] = kernels.multiply(conv, first, count, 0, panels, large ? panels : 1, v, m);
+      finite[i] = multiply(i, first, count, 0, panels, v, m);
     }
   });
   return std::all_of(finite.begin(), finite.end(), [](char ok) { return ok; });
@@ -230,9 +262,11 @@ WinogradConv winograd_of(const Geometry& g, int64_t tile, const Activation& x, c
 }
 
 void conv_winograd(const Geometry& g, int64_t tile, const Activation& x, const float* packed, const Epilogue& epilogue,
-                   void* y) {
+                   void* y, BlockSums* sums) {
   const WinogradConv conv = winograd_of(g, tile, x, packed, epilogue, y);
-  if (!run_winograd(conv)) conv_without_winograd(g, conv);
+  if (run_winograd(conv, sums)) return;
+  if (sums) *sums = {};
+  conv_without_winograd(g, conv);
 }
 
 Activation nhwc(const Tensor& t, const char* name) {
@@ -303,11 +337,11 @@ Tensor conv_pack(const Tensor& weight, const std::vector<int64_t>& x, const std:
   return packed;
 }
 
-Tensor conv(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& weight, const OptionalTensor& bias,
-            const OptionalTensor& residual, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-            const std::vector<int64_t>& dilation, int64_t groups, bool relu, int64_t method) {
+}  // namespace
+
+Tensor convolve(const Tensor& x, const Tensor& packed, const Geometry& g, const OptionalTensor& bias,
+                const OptionalTensor& residual, bool relu, int64_t method, BlockSums* sums) {
   const Activation x_data = nhwc(x, "x");
-  const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, weight, stride, padding, dilation, groups);
   Tensor y = cached_empty(g.images, g.out_channels, g.out_height, g.out_width, x.scalar_type(), true);
   if (residual.has_value()) check_like(*residual, y, true, "residual");
   std::vector<float> bias_data;
@@ -323,7 +357,7 @@ Tensor conv(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& w
   if (g.pixels() == 0) return y;
   if (tile > 0) {
     STD_TORCH_CHECK(winograd_fits(g) && packed.numel() == winograd_floats(g, tile), "packed weight does not fit");
-    conv_winograd(g, tile, x_data, weight_data, epilogue, y_data);
+    conv_winograd(g, tile, x_data, weight_data, epilogue, y_data, sums);
     return y;
   }
   if (method == kGrouped) {
@@ -334,14 +368,29 @@ Tensor conv(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& w
     return y;
   }
   STD_TORCH_CHECK(method == kGemm || stem_fits(g), "method 5 does not serve this convolution");
-  const int64_t direct = groups * gemm_floats(forward_taps(g), g.group_in(), g.group_out());
+  const int64_t direct = g.groups * gemm_floats(forward_taps(g), g.group_in(), g.group_out());
   STD_TORCH_CHECK(packed.numel() == direct + (method == kStem ? stem_floats(g) : 0), "packed weight does not fit");
   if (method == kStem && x_data.dtype == 0 && !residual.has_value() &&
       conv_stem(g, x_data, weight_data + direct, epilogue, static_cast<float*>(y_data))) {
     return y;
   }
-  conv_gemm(g, x_data, weight_data, epilogue, y_data);
+  if (sums != nullptr && g.groups == 1) {
+    const ForwardGemm gemm(g, x_data, weight_data, epilogue, y_data);
+    run_gemm(gemm.conv, {}, sums);
+  } else {
+    conv_gemm(g, x_data, weight_data, epilogue, y_data);
+  }
   return y;
+}
+
+namespace {
+
+Tensor conv(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& weight, const OptionalTensor& bias,
+            const OptionalTensor& residual, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+            const std::vector<int64_t>& dilation, int64_t groups, bool relu, int64_t method) {
+  check_dense(x, true, "x");
+  const Geometry g({x.size(0), x.size(1), x.size(2), x.size(3)}, weight, stride, padding, dilation, groups);
+  return convolve(x, packed, g, bias, residual, relu, method, nullptr);
 }
 
 }  // namespace

@@ -25,6 +25,9 @@ struct Epilogue {
   bool relu;
 };
 
+// `sums` of a convolution: null, or [3][output channels] for sums over a block of its outputs, as they are stored. p, a point near
+// them; sum of y - p; sum of (y - p)^2. Sums of distances to a point of the block's own do not cancel when the mean is large.
+
 // Implicit matrix product: y[pixel] = sum over taps t of x[pixel moved by t] * weight[t].
 struct GemmConv {
   // The grid of output pixels that are computed: images x grid_height x grid_width.
@@ -44,6 +47,7 @@ struct GemmConv {
   int64_t channels;     // output channels
   const float* weight;  // packed: [panel][tap][depth][columns of the panel]
   Epilogue epilogue;
+  float* sums = nullptr;  // of the outputs of a call of run
 };
 
 struct GemmConvKernels {
@@ -74,10 +78,17 @@ struct WinogradConv {
   const float* weight;  // packed: [panel][(M + 2)^2][in_channels][columns of the panel], in planes of winograd_plane
   void* y;
   Epilogue epilogue;
+  float* sums = nullptr;  // of the outputs of a group of tiles
   int64_t tile_rows() const { return (out_height + tile - 1) / tile; }
   int64_t tile_columns() const { return (out_width + tile - 1) / tile; }
   int64_t positions() const { return (tile + 2) * (tile + 2); }  // of a transformed tile
   int64_t tiles() const { return images * tile_rows() * tile_columns(); }
+  // Output pixels of the first `count` tiles.
+  int64_t pixels_of(int64_t count) const {
+    const int64_t plane = tile_rows() * tile_columns(), rest = count % plane, row = rest / tile_columns();
+    const int64_t top = row * tile, rows = top + tile < out_height ? tile : out_height - top;
+    return (count / plane * out_height + top) * out_width + rest % tile_columns() * tile * rows;
+  }
 };
 
 struct WinogradKernels {

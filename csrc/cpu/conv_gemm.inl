@@ -53,11 +53,40 @@ FASTRES_INLINE void gemm_panel(const GemmConv& p, int64_t panel, int64_t count, 
   });
 }
 
+// `sums` of one panel: its outputs have just been written.
+template <class T>
+static void sum_panel(const GemmConv& p, int64_t panel, int64_t count, const int64_t* places) {
+  const int64_t first = panel * kPanel, channels = p.channels - first < kPanel ? p.channels - first : kPanel;
+  constexpr int64_t kSamples = 4, kTogether = 16;  // added to one another before they are added to the rest
+  for_each_vector(channels, [&](int64_t c, auto n) {
+    const T* y = static_cast<const T*>(p.y) + first + c;
+    vf point{}, sum1{}, sum2{};
+    for (int64_t i = 0; i < kSamples; ++i) point += load(y + places[count * i / kSamples], n);
+    point = finite_or_zero(point * (1.0f / kSamples));
+    for (int64_t begin = 0; begin < count; begin += kTogether) {
+      const int64_t end = begin + kTogether < count ? begin + kTogether : count;
+      vf part1{}, part2{};
+      for (int64_t i = begin; i < end; ++i) {
+        const vf distance = load(y + places[i], n) - point;
+        part1 += distance;
+        part2 += distance * distance;
+      }
+      sum1 += part1;
+      sum2 += part2;
+    }
+    float* sums = p.sums + first + c;
+    store(sums, point, n);
+    store(sums + p.channels, sum1, n);
+    store(sums + 2 * p.channels, sum2, n);
+  });
+}
+
 static void gemm_panels(const GemmConv& p, int64_t first, int64_t last, int64_t count, const float* const* rows,
                         const int64_t* places) {
   for (int64_t panel = first; panel < last; ++panel) {
     with_vectors(panel_vectors(p.channels, panel),
                  [&](auto vectors) { gemm_panel<decltype(vectors)::n>(p, panel, count, rows, places); });
+    if (p.sums) sum_panel<float>(p, panel, count, places);
   }
 }
 
@@ -138,8 +167,13 @@ static void gemm_run(const GemmConv& p, int64_t begin, int64_t end, int64_t firs
     part.weight += panel * kPanel * p.taps * p.depth;
     part.epilogue = {p.epilogue.bias ? p.epilogue.bias + panel * kPanel : nullptr, nullptr, false};
     part.y = scratch;
+    part.sums = nullptr;
     gemm_panels(part, 0, 1, count, rows, scratch_places);
-    with_storage(p.y_dtype, [&](auto t) { store_panel<typename decltype(t)::type>(p, panel, count, scratch, places); });
+    with_storage(p.y_dtype, [&](auto t) {
+      using T = typename decltype(t)::type;
+      store_panel<T>(p, panel, count, scratch, places);
+      if (p.sums) sum_panel<T>(p, panel, count, places);
+    });
   }
 }
 

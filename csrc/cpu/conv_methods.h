@@ -10,6 +10,7 @@
 #include "common.h"
 #include "conv.h"
 #include "conv_grouped.h"
+#include "conv_statistics.h"
 #include "storage.h"
 
 namespace fastres {
@@ -151,12 +152,15 @@ struct ForwardGemm {
   ForwardGemm(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, void* y);
 };
 
-// All pixels and panels, on all threads; then(begin, end) when these pixels are there.
-void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>& then = {});
+// All pixels and panels, on all threads; then(begin, end) when these pixels are there. sums: of y, or null.
+void run_gemm(const GemmConv& conv, const std::function<void(int64_t, int64_t)>& then = {}, BlockSums* sums = nullptr);
 void conv_gemm(const Geometry& g, const Activation& x, const float* packed, const Epilogue& epilogue, void* y);
-// With the direct way behind it where x has an infinity or NaN.
+// With the direct way behind it where x has an infinity or NaN. sums: of y, or null; left empty if the direct way was taken.
 void conv_winograd(const Geometry& g, int64_t tile, const Activation& x, const float* packed, const Epilogue& epilogue,
-                   void* y);
+                   void* y, BlockSums* sums = nullptr);
+// By any method, with checks. sums: of the output, or null; left empty where the method has none.
+Tensor convolve(const Tensor& x, const Tensor& packed, const Geometry& g, const OptionalTensor& bias,
+                const OptionalTensor& residual, bool relu, int64_t method, BlockSums* sums);
 
 // out[k][tap][c] = sum over pixels of grad[pixel][k] * (x[pixel moved by tap][c] - origin[c]). origin: null for zeros, else padded to
 // whole vectors, and only for convolutions without padding.

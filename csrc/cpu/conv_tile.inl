@@ -88,6 +88,8 @@ FASTRES_INLINE void with_vectors(int64_t vectors, const F& f) {
   f(Vectors<1>{});
 }
 
+FASTRES_INLINE vf finite_or_zero(vf z) { return select((z - z) == 0.0f, z, vf{}); }
+
 FASTRES_INLINE int64_t panel_vectors(int64_t channels, int64_t panel) {
   const int64_t left = (channels - panel * kPanel + W - 1) / W;
   return left < kTileVectors ? left : kTileVectors;

@@ -199,8 +199,29 @@ static void winograd_transform(const WinogradConv& p, int64_t first, int64_t gro
   });
 }
 
+// What is left of z when it is stored.
+template <class T>
+FASTRES_INLINE vf rounded(vf z) {
+  T buffer[W];
+  store(buffer, z);
+  return load(buffer);
+}
+
+// The mean of a tile's outputs, of those in the image.
+template <int M>
+FASTRES_INLINE vf tile_mean(const vf rows[M][M + 2], int64_t height, int64_t width) {
+  vf sum{};
+  float count = 0;
+  for (int i = 0; i < M && i < height; ++i) {
+    vf o[M];
+    Transform<M>::output(rows[i], o);
+    for (int j = 0; j < M && j < width; ++j, ++count) sum += o[j];
+  }
+  return sum / count;
+}
+
 // The inverse transform of one vector of channels of all tiles of a group. Returns zeros where all values are finite.
-template <int M, class T>
+template <int M, class T, bool kSums>
 static vf winograd_output(const WinogradConv& p, int64_t first, int64_t group, int64_t channel, const float* m,
                           int64_t columns, int64_t plane) {
   constexpr int N = M + 2;
@@ -208,7 +229,7 @@ static vf winograd_output(const WinogradConv& p, int64_t first, int64_t group, i
   const vf bias = p.epilogue.bias ? load(p.epilogue.bias + channel) : vf{};
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   T* y = static_cast<T*>(p.y);
-  vf check{};
+  vf check{}, point{}, total1{}, total2{};
   for (int64_t t = 0; t < group; ++t) {
     const TilePlace place = tile_place(p, first + t);
     const float* in = m + t * columns;
@@ -223,17 +244,33 @@ static vf winograd_output(const WinogradConv& p, int64_t first, int64_t group, i
       for (int i = 0; i < M; ++i) rows[i][j] = o[i];
     }
     const int64_t start = ((place.image * p.out_height + place.h) * p.out_width + place.w) * p.out_channels + channel;
-    for (int i = 0; i < M && place.h + i < p.out_height; ++i) {
+    const int64_t height = p.out_height - place.h, width = p.out_width - place.w;  // what is left of the image
+    vf sum1{}, sum2{};                                                             // of a tile
+    if (kSums && t == 0) point = finite_or_zero(tile_mean<M>(rows, height, width) + bias);
+    for (int i = 0; i < M && i < height; ++i) {
       vf o[M];
       Transform<M>::output(rows[i], o);
-      for (int j = 0; j < M && place.w + j < p.out_width; ++j) {
+      for (int j = 0; j < M && j < width; ++j) {
         const int64_t at = start + (i * p.out_width + j) * p.out_channels;
         check += o[j] * 0.0f;  // NaN if o is not finite
         vf z = o[j] + bias;
         if (residual) z += load(residual + at);
-        store(y + at, at_least(floor, z));
+        z = at_least(floor, z);
+        store(y + at, z);
+        if (kSums) {
+          const vf distance = rounded<T>(z) - point;
+          sum1 += distance;
+          sum2 += distance * distance;
+        }
       }
     }
+    total1 += sum1;
+    total2 += sum2;
+  }
+  if (kSums) {
+    store(p.sums + channel, point);
+    store(p.sums + p.out_channels + channel, total1);
+    store(p.sums + 2 * p.out_channels + channel, total2);
   }
   return check;
 }
@@ -269,8 +306,10 @@ static bool winograd_multiply(const WinogradConv& p, int64_t first, int64_t grou
       const float* in = m + (panel - begin) * room;
       for (int64_t i = 0; i < vectors; ++i) {
         check += with_storage(p.dtype, [&](auto stored) {
-          return winograd_output<M, typename decltype(stored)::type>(
-              p, first, group, panel * kPanel + i * W, in + i * W, columns, winograd_plane(group, columns));
+          using T = typename decltype(stored)::type;
+          return (p.sums ? winograd_output<M, T, true>
+                         : winograd_output<M, T, false>)(p, first, group, panel * kPanel + i * W, in + i * W, columns,
+                                                         winograd_plane(group, columns));
         });
       }
     }

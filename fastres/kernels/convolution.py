@@ -84,6 +84,13 @@ class Packed:
         )
         return layout.in_format(y, torch.channels_last)
 
+    def with_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Its output, and the mean and biased variance (float64) of each channel of that."""
+        y, mean, var = torch.ops.fastres_cpu.conv_with_statistics.default(
+            layout.like(x, True), self.weight, self.shape, self.bias, *self.geometry, self.method
+        )
+        return layout.in_format(y, torch.channels_last), mean, var
+
     def then_maxpool(
         self, kernel: int, stride: int, padding: int
     ) -> Callable[[Tensor, Tensor | None, bool], Tensor] | None:
@@ -156,6 +163,15 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any
     inputs = (None if t is None else t.to(_aten_dtype(x)) for t in (x, layout.plain(weight), bias))
     y = torch.ops.aten.convolution(*inputs, stride, padding, dilation, False, [0, 0], groups)
     return layout.in_format(y.to(x.dtype), reference.conv_format(x, weight))
+
+
+def convolve_with_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """conv2d(x, weight, bias), and where our own kernels serve the mean and biased variance (float64) of a channel."""
+    if why_not(x, weight, bias, None, *geometry) is not None:
+        return convolve(x, weight, bias, geometry), None, None
+    return prepare(x, weight, bias, *geometry).with_statistics(x)
 
 
 def convolve_backward(

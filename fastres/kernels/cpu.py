@@ -144,10 +144,15 @@ def conv_bn_act(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    training: bool,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    raw = convolution.convolve(x, conv_weight, conv_bias, (stride, padding, dilation, groups))
-    y, mean, var, mask = bn_act(raw, weight, bias, mean, var, residual, *options)
+    geometry = (stride, padding, dilation, groups)
+    if training:  # the running statistics are not read; those of the batch may come with the convolution
+        raw, mean, var = convolution.convolve_with_statistics(x, conv_weight, conv_bias, geometry)
+    else:
+        raw = convolution.convolve(x, conv_weight, conv_bias, geometry)
+    y, mean, var, mask = bn_act(raw, weight, bias, mean, var, residual, mean is None, *options)
     return y, raw, mean, var, mask
 
 
