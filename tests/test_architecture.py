@@ -18,12 +18,12 @@ PACKAGE = Path(fastres.__file__).parent
 
 #: Lowest first. A module may import from its own layer and from those below.
 LAYERS = (
-    ("errors", "config", "layout", "reference"),
+    ("errors", "config", "layout", "reference", "synchronised_reference"),
     ("kernels",),
     ("ops",),
     ("arguments", "memory"),
     ("functional",),
-    ("replay",),
+    ("replay", "batch_norm"),
     ("folding",),
     ("report", "sites"),
     ("nn", "recipes", "models", "fuse", "explain", "images", "testing"),
