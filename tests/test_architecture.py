@@ -79,6 +79,7 @@ def test_import_is_lean():
         "before = set(sys.modules)\n"
         "import fastres\n"
         "heavy = ('triton', 'torchvision', 'timm', 'matplotlib', 'sklearn', 'PIL', 'rich', 'onnx', 'scipy')\n"
+        "heavy += ('torch._dynamo',)\n"
         "loaded = [name for name in heavy if name in set(sys.modules) - before]\n"
         "loaded += [name for name in sys.modules if name.startswith('fastres.kernels.triton.')]\n"
         "assert not loaded, loaded\n"

@@ -149,6 +149,39 @@ def test_one_process(mode):
     assert torch.equal(*outputs)
 
 
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@needs_extension
+def test_what_saves_memory_and_passes(group):
+    """A hidden activation is computed again in backward, and a shortcut's gradient added in the convolution's, as in
+    the ordinary ops: with the same result."""
+
+    def block(x, first, second, group):
+        fork, options = [], {"training": True, "padding": 1, "process_group": group}
+        y = functional.conv_bn_act(x, first, None, None, recompute=True, fork=fork, **options)
+        return functional.conv_bn_act(y, second, None, None, residual=fork[0], **options)
+
+    def run(group):
+        saved = {}
+        values = [x.detach().requires_grad_() for x in inputs]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+            y = block(*values, group)
+        return sum(t.nbytes for t in saved.values()), y, *torch.autograd.grad(y.sin().sum(), values)
+
+    x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last)
+    inputs = [x, *(torch.randn(16, 16, 3, 3) / 12 for _ in range(2))]
+    (saved, *got), (want_saved, *want) = run(group), run(None)
+    assert saved == want_saved
+    for ours, theirs in zip(got, want, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
 def test_other_devices():
     x = torch.empty(2, 3, 4, 4, device="meta")
     with pytest.raises(NotImplementedError, match="CPU only"):
