@@ -48,7 +48,7 @@ OPS: dict[str, dict[str, Any]] = {
     "conv float64": {"shape": (8, 5, 6, 6), "channels": 7, "kernel": 3, "dtype": torch.float64},
     "algebraic": {"shape": (8, 16, 8, 8), "channels": 64, "kernel": 1},
     "algebraic identity": {"shape": (8, 6, 8, 8), "channels": 30, "kernel": 1, "act": "identity", "residual": False},
-    "algebraic large mean": {"shape": (8, 16, 8, 8), "channels": 64, "kernel": 1, "mean": 1e3, "std": 1e-2},
+    "algebraic large mean": {"shape": (8, 16, 8, 8), "channels": 64, "kernel": 1, "mean": 1e4, "std": 1e-2},
     # 3 images of 16 pixels: algebraic with 5 and with 4 images, but not with 3, 2 or none
     "algebraic here and there": {"shape": (8, 8, 4, 4), "channels": 32, "kernel": 1},
     "algebraic autocast": {"shape": (8, 16, 8, 8), "channels": 64, "kernel": 1, "autocast": True},

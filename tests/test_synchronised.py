@@ -149,6 +149,14 @@ def test_one_process(mode):
     assert torch.equal(*outputs)
 
 
+@needs_extension
+def test_compiled_whole_without_a_group():
+    module = fastres.nn.BnAct2d(nn.SyncBatchNorm(6))
+    x = torch.randn(2, 6, 5, 5)
+    want = module(x)
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), want)
+
+
 @pytest.fixture
 def group(tmp_path):
     """A process group of this process alone."""
