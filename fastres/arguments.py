@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,18 @@ def check_input(x: Tensor) -> None:
 def check_values_per_channel(shape: Sequence[int]) -> None:
     if shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
+
+
+def check_batch(x: Tensor, shape: Sequence[int], training: bool, process_group: Any) -> Any:
+    """The group over which batch norm of [N, C, H, W] = shape is to be synchronised, or None; ValueError for too few
+    values a channel."""
+    if not training:
+        return None
+    if process_group is None:
+        check_values_per_channel(shape)
+    elif not x.is_cpu:
+        raise NotImplementedError(f"synchronised batch norm of tensors on {x.device}: CPU only")
+    return process_group
 
 
 def check_batch_norm(

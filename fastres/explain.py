@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fastres import fuse, sites
+from fastres import batch_norm, fuse, sites
 from fastres.kernels import table
 from fastres.report import ExplainReport, Row
 
@@ -57,6 +57,6 @@ def _ran(row: Row, owner: nn.Module | None, outcome: dict[nn.Module, str | None]
 
 
 def _kernel(owner: nn.Module, device_type: str) -> str:
-    batch_norms = [m for m in owner.modules() if isinstance(m, nn.BatchNorm2d)]
+    batch_norms = [m for m in owner.modules() if isinstance(m, batch_norm.BatchNorm)]
     op = "conv_bn_act" if any(bn.training or bn.running_mean is None for bn in batch_norms) else "conv_bias_act"
     return next(kernel.name for kernel in table.kernels(op, device_type) if kernel.unavailable() is None)

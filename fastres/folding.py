@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres import arguments, config, functional, reference, replay
+from fastres import arguments, batch_norm, config, functional, reference, replay
+from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution, extension, table
 from fastres.ops import registration
 
@@ -63,18 +64,7 @@ def conv_tensors(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
         return conv.weight, conv.bias
 
 
-def batch_norm_tensors(bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
-    """Weight, bias, running mean and variance."""
-    try:
-        parameters, buffers = bn._parameters, bn._buffers
-        return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
-    except KeyError:
-        return bn.weight, bn.bias, bn.running_mean, bn.running_var
-
-
-def folded(
-    conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor
-) -> tuple[table.PackedConvolution, tuple[int, ...]] | None:
+def folded(conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor) -> tuple[table.PackedConvolution, tuple[int, ...]] | None:
     """run(x, residual, relu): the convolution with `bn` folded in (if given) and packed weights; and the shape of its
     output. None where they cannot be kept or must not be folded.
 
@@ -92,7 +82,7 @@ def folded(
         return None
     sources: tuple[Tensor | None, ...] = conv_tensors(conv)
     if bn is not None:
-        sources += batch_norm_tensors(bn)
+        sources += batch_norm.tensors(bn)
         if sources[4] is None:
             return None  # no running statistics
     tensors = [t for t in sources if t is not None]
@@ -140,7 +130,7 @@ def _plan(conv: nn.Conv2d, x: Tensor) -> tuple[Any, ...] | None:
 
 @torch.no_grad()
 def _pack(
-    conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor, plan: tuple[Any, ...] | None
+    conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor, plan: tuple[Any, ...] | None
 ) -> table.PackedConvolution | None:
     if plan is None:
         return None

@@ -9,12 +9,13 @@ shapes, dtypes or devices that do not fit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastres import arguments, ops
-from fastres.kernels import table
+from fastres.kernels import convolution, table
 from fastres.ops import registration
 from fastres.ops.bn_act_maxpool import pooled
 
@@ -32,6 +33,7 @@ def bn_act(
     eps: float = 1e-5,
     act: str = "relu",
     num_batches_tracked: Tensor | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """Batch norm, then the residual, then the activation: act(batch_norm(x) + residual).
 
@@ -46,6 +48,9 @@ def bn_act(
         act: "relu" or "identity".
         num_batches_tracked: if given, 1 / num_batches_tracked is used as momentum (cumulative average); read on its
         device.
+        process_group: if `training`, use the statistics of the batches of all processes of this group of
+            torch.distributed, as torch.nn.SyncBatchNorm does: they may be of different sizes, or empty. All of them
+            have to make this call, and its backward. CPU only (NotImplementedError); no gradients of gradients.
 
     Returns:
         [N, C, H, W] in x's dtype and layout.
@@ -55,24 +60,17 @@ def bn_act(
     relu = arguments.relu(act)
     arguments.check_input(x)
     arguments.check_batch_norm(x, x.shape[1], running_mean, running_var, weight, bias, training, eps)
-    if training:
-        arguments.check_values_per_channel(x.shape)
+    group = arguments.check_batch(x, x.shape, training, process_group)
     arguments.check_residual(residual, x.shape, x)
-    y, mean, var, _ = ops.bn_act.call(
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        residual,
-        training,
-        eps,
-        relu,
-        _needs_mask(relu, residual, x, weight, bias),
-    )
-    _update(
-        running_mean, running_var, mean, var, num_batches_tracked, momentum, training, x.numel() // max(x.shape[1], 1)
-    )
+    count = x.numel() // max(x.shape[1], 1)
+    save_mask = _needs_mask(relu, residual, x, weight, bias)
+    if group is not None:
+        y, mean, var, count = ops.synchronised.bn_act(x, weight, bias, residual, group, eps, relu, save_mask)
+    else:
+        y, mean, var, _ = ops.bn_act.call(
+            x, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask
+        )
+    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
     return y
 
 
@@ -135,6 +133,7 @@ def conv_bn_act(
     eps: float = 1e-5,
     act: str = "relu",
     num_batches_tracked: Tensor | None = None,
+    process_group: Any = None,
     recompute: bool = False,
     fork: list[Tensor] | None = None,
 ) -> Tensor:
@@ -154,8 +153,7 @@ def conv_bn_act(
     geometry = arguments.geometry_of(stride, padding, dilation, groups)
     shape = arguments.check_convolution(x, conv_weight, conv_bias, geometry)
     arguments.check_batch_norm(x, shape[1], running_mean, running_var, weight, bias, training, eps)
-    if training:
-        arguments.check_values_per_channel(shape)
+    group = arguments.check_batch(x, shape, training, process_group)
     arguments.check_residual(residual, shape, x)
     gradient = _wants_gradient(x, conv_weight, conv_bias, weight, bias, residual)
     if fork is not None:
@@ -164,31 +162,30 @@ def conv_bn_act(
         assert running_mean is not None and running_var is not None
         folded = fold(conv_weight, conv_bias, running_mean, running_var, weight, bias, eps)
         return ops.conv_bias_act.call(x, *folded, residual, *geometry, relu)
-    if gradient and _algebraic(x, conv_weight, conv_bias, geometry):
+    count = shape[0] * shape[2] * shape[3]
+    algebraic = gradient and _algebraic(x, conv_weight, conv_bias, geometry)
+    save_mask = gradient and relu and residual is not None
+    affine = (weight, bias)
+    if group is not None and algebraic:
+        y, mean, var, count = ops.synchronised.conv1x1_bn_act(x, conv_weight, *affine, residual, group, eps, relu)
+    elif group is not None:
+        again = recompute and gradient
+        y, mean, var, count = ops.synchronised.conv_bn_act(
+            x, conv_weight, conv_bias, *affine, residual, geometry, group, eps, relu, save_mask, again, fork
+        )
+    elif algebraic:
         y, mean, var, *_ = ops.conv1x1_bn_act.call(
-            x, conv_weight, weight, bias, running_mean, running_var, residual, training, eps, relu, relu
+            x, conv_weight, *affine, running_mean, running_var, residual, training, eps, relu, relu
         )
     else:
+        running = (running_mean, running_var)
         y, raw, mean, var, _, *forked = (ops.conv_bn_act.call if fork is None else ops.conv_bn_act.call_forked)(
-            x,
-            conv_weight,
-            conv_bias,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            residual,
-            *geometry,
-            training,
-            eps,
-            relu,
-            gradient and relu and residual is not None,
+            x, conv_weight, conv_bias, *affine, *running, residual, *geometry, training, eps, relu, save_mask
         )
         if fork is not None:
             fork[-1] = forked[0]
         if recompute and gradient and residual is None:
             ops.recompute.offer(y, (raw, weight, bias, mean, var), eps, relu, ops.conv_bn_act.again)
-    count = shape[0] * shape[2] * shape[3]
     _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
     return y
 
@@ -205,6 +202,7 @@ def bn_act_maxpool(
     eps: float = 1e-5,
     act: str = "relu",
     num_batches_tracked: Tensor | None = None,
+    process_group: Any = None,
     kernel_size: int = 3,
     stride: int = 2,
     padding: int = 1,
@@ -228,16 +226,16 @@ def bn_act_maxpool(
         raise RuntimeError(
             f"pad should be at most half of effective kernel size, but got pad={padding}, kernel_size={kernel_size}"
         )
-    if training:
-        arguments.check_values_per_channel(x.shape)
+    group = arguments.check_batch(x, x.shape, training, process_group)
     if pooled(x.shape[2], kernel_size, stride, padding) < 1 or pooled(x.shape[3], kernel_size, stride, padding) < 1:
         raise RuntimeError(f"bn_act_maxpool: output size is too small for an input of {tuple(x.shape)}")
-    y, mean, var, _ = ops.bn_act_maxpool.call(
-        x, weight, bias, running_mean, running_var, training, eps, relu, kernel_size, stride, padding
-    )
-    _update(
-        running_mean, running_var, mean, var, num_batches_tracked, momentum, training, x.numel() // max(x.shape[1], 1)
-    )
+    count = x.numel() // max(x.shape[1], 1)
+    options = (eps, relu, kernel_size, stride, padding)
+    if group is not None:
+        y, mean, var, count = ops.synchronised.bn_act_maxpool(x, weight, bias, group, *options)
+    else:
+        y, mean, var, _ = ops.bn_act_maxpool.call(x, weight, bias, running_mean, running_var, training, *options)
+    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
     return y
 
 
@@ -265,7 +263,8 @@ def fold(
 
 def _algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometry: tuple) -> bool:
     """Whether conv1x1_bn_act serves this convolution: a 1x1 that expands to four times the channels or more, and has
-    so many pixels that products over channels alone cost little beside those over pixels."""
+    so many pixels that products over channels alone cost little beside those over pixels. On CPUs its products are
+    fp32, so half precision is left to oneDNN where that is faster."""
     k, c, r, s = conv_weight.shape
     return (
         (r, s) == (1, 1)
@@ -273,7 +272,7 @@ def _algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometr
         and conv_bias is None
         and k >= 4 * c
         and x.shape[0] * x.shape[2] * x.shape[3] >= 8 * c
-        and not (x.is_cpu and registration.autocast_enabled("cpu"))  # the kernel for CPUs is fp32's
+        and not (x.is_cpu and convolution.onednn_convolves(registration.autocast_dtype(x)))
         and table.fused_kernel_serves("conv1x1_bn_act", (x, conv_weight))
     )
 

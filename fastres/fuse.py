@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastres import folding, replay, sites
+from fastres import batch_norm, folding, replay, sites
 from fastres.recipes import fused_class
 from fastres.recipes.residual import FusedModule
 from fastres.report import FuseReport, Row
@@ -150,12 +150,14 @@ def _claim(
     roles = (sites.child_blocked(path.removeprefix(prefix), child) for path, child in children.items())
     main = reason or next(filter(None, roles), None)
     for path, child in children.items():
-        claimed[child] = (Row(path, kind_of(child) or "act", main is None, main or ""), block)
+        note = batch_norm.note(child)
+        claimed[child] = (Row(path, kind_of(child) or "act", main is None, main or "", note=note), block)
     downsample = getattr(block, "downsample", None)
     if type(downsample) is nn.Sequential and len(downsample) == 2 and kind_of(downsample[0]) == "conv":
         why = reason or next(filter(None, map(sites.child_blocked, ("conv", "bn"), downsample)), None)
         for i, child in enumerate(downsample):
-            row = Row(f"{prefix}downsample.{i}", kind_of(child) or "act", why is None, why or "")
+            path, note = f"{prefix}downsample.{i}", batch_norm.note(child)
+            row = Row(path, kind_of(child) or "act", why is None, why or "", note=note)
             claimed[child] = (row, downsample)
     if new.adds:
         additions.append((Row(name, "add", main is None, main or ""), block))

@@ -34,7 +34,7 @@ def _per_channel(v: Tensor) -> Tensor:
     return v.double().reshape(1, -1, 1, 1)
 
 
-def _statistics(
+def statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, float64 [C]."""
@@ -82,7 +82,7 @@ def bn_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y, the mean and biased variance used (float64 [C]), and the 1-bit mask of z (empty unless asked for)."""
     x = layout.dense(x)
-    mean, var = _statistics(x, running_mean, running_var, training)
+    mean, var = statistics(x, running_mean, running_var, training)
     z = normalise(x, weight, bias, mean, var, eps)
     if residual is not None:
         z = z + residual.double()
@@ -90,18 +90,52 @@ def bn_act(
     return torch.empty_like(x).copy_(_activate(z, relu)), mean, var, mask
 
 
+def behind_relu(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    mask: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """The gradient g of the batch norm's output, float64."""
+    g = grad_y.double()
+    if mask is not None:
+        return torch.where(layout.unpack_mask(mask, x.shape, layout.is_channels_last(x)), g, 0.0)
+    return torch.where(normalise(x, weight, bias, mean, var, eps) <= 0, 0.0, g) if relu else g
+
+
+def input_gradient(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    count: int,
+    eps: float,
+) -> Tensor:
+    """grad_x, float64, where statistics and the sums grad_weight and grad_bias are of `count` values a channel."""
+    inverse = _per_channel((var + eps).rsqrt())
+    x_hat = (x.double() - _per_channel(mean)) * inverse
+    scale = inverse if weight is None else inverse * _per_channel(weight)
+    return scale * (g - _per_channel(grad_bias / count) - x_hat * _per_channel(grad_weight / count))
+
+
 def _bn_gradients(
     g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, training: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_x, grad_weight, grad_bias in float64, from the gradient g of the batch norm's output."""
-    inverse = _per_channel((var + eps).rsqrt())
-    x_hat = (x.double() - _per_channel(mean)) * inverse
+    x_hat = normalise(x, None, None, mean, var, eps)
     grad_weight, grad_bias = (g * x_hat).sum(_DIMS), g.sum(_DIMS)
-    scale = inverse if weight is None else inverse * _per_channel(weight)
     if training and x.numel():
         count = x.numel() // x.shape[1]
-        g = g - _per_channel(grad_bias / count) - x_hat * _per_channel(grad_weight / count)
-    return scale * g, grad_weight, grad_bias
+        return input_gradient(g, x, weight, mean, var, grad_weight, grad_bias, count, eps), grad_weight, grad_bias
+    return normalise(g, weight, None, torch.zeros_like(mean), var, eps), grad_weight, grad_bias
 
 
 def bn_act_backward(
@@ -125,11 +159,7 @@ def bn_act_backward(
     grad_residual is needed only with a mask: without one it is grad_y itself.
     """
     x = layout.dense(x)
-    g = grad_y.double()
-    if mask is not None:
-        g = torch.where(layout.unpack_mask(mask, x.shape, layout.is_channels_last(x)), g, 0.0)
-    elif relu:
-        g = torch.where(normalise(x, weight, bias, mean, var, eps) <= 0, 0.0, g)
+    g = behind_relu(grad_y, x, weight, bias, mean, var, mask, eps, relu)
     grad_x, grad_weight, grad_bias = _bn_gradients(g, x, weight, mean, var, training, eps)
     vector = vector_dtype(x)
     return (
@@ -367,7 +397,7 @@ def bn_act_maxpool(
     """max_pool2d(act(batch_norm(x))): returns y, mean, var, and which element of its window each maximum was
     (uint8)."""
     x = layout.dense(x)
-    mean, var = _statistics(x, running_mean, running_var, training)
+    mean, var = statistics(x, running_mean, running_var, training)
     z = _activate(normalise(x, weight, bias, mean, var, eps), relu)
     y, place = F.max_pool2d(z, kernel, stride, padding, return_indices=True)
     h, w = place // x.shape[3], place % x.shape[3]
@@ -409,8 +439,7 @@ def bn_act_maxpool_backward(
     """Returns grad_x, grad_weight, grad_bias; empty where not needed."""
     x = layout.dense(x)
     g = scatter_pooled(grad_y.double(), index, x.shape, kernel, stride, padding)
-    if relu:
-        g = torch.where(normalise(x, weight, bias, mean, var, eps) <= 0, 0.0, g)
+    g = behind_relu(g, x, weight, bias, mean, var, None, eps, relu)
     grad_x, grad_weight, grad_bias = _bn_gradients(g, x, weight, mean, var, training, eps)
     vector = vector_dtype(x)
     return (

@@ -35,6 +35,7 @@ _PLAIN: dict[type[nn.Module], Any] = {
         nn.Identity,
         nn.Conv2d,
         nn.BatchNorm2d,
+        nn.SyncBatchNorm,
         nn.ReLU,
         nn.MaxPool2d,
         nn.AdaptiveAvgPool2d,

@@ -16,6 +16,7 @@ class Row:
         fused: whether it runs (explain) or can run (fuse_) inside a fused op.
         reason: why not, or "".
         kernel: name of the kernel that serves it (explain only), or "".
+        note: what else is to be known of an operation that is fused, or "".
     """
 
     name: str
@@ -23,6 +24,7 @@ class Row:
     fused: bool
     reason: str = ""
     kernel: str = ""
+    note: str = ""
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Report:
         ]
         kernels: Counter[str] = Counter(row.kernel for row in self.rows if row.kernel)
         lines += [f"  by kernel {name}: {count}" for name, count in kernels.most_common()]
+        notes: Counter[str] = Counter(row.note for row in self.rows if row.fused and row.note)
+        lines += [f"  note on {count}: {note}" for note, count in notes.items()]
         left = [row for row in self.rows if not row.fused]
         lines += [f"  not fused: {row.name or '(model)'} [{row.kind}]: {row.reason}" for row in left[:20]]
         if len(left) > 20:

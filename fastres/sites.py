@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import arguments, config, folding, functional, replay
+from fastres import arguments, batch_norm, config, folding, functional, replay
+from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution as convolution_kernel
 from fastres.kernels import extension, program, table
 from fastres.ops import registration
@@ -110,31 +111,31 @@ def _children_blocked(x: Tensor, children: dict[str, nn.Module]) -> str | None:
         reason = child_blocked(role, child)
         if reason is None and type(child) is nn.Conv2d:
             reason = _conv_blocked(child, x, cast)
-        elif reason is None and type(child) is nn.BatchNorm2d:
-            reason = _batch_norm_blocked(child, x)
+        elif reason is None and type(child) in batch_norm.FORWARDS:
+            reason = batch_norm.blocked(child, x)  # type: ignore[arg-type]
         if reason:
             return reason
     return None
 
 
-#: What a role has to be, and the forward that fused code stands in for.
-_ROLES: dict[str, tuple[type[nn.Module], Any]] = {
-    "conv": (nn.Conv2d, nn.Conv2d.forward),
-    "bn": (nn.BatchNorm2d, nn.BatchNorm2d.forward),
-    "relu": (nn.ReLU, nn.ReLU.forward),
-    "maxpool": (nn.MaxPool2d, nn.MaxPool2d.forward),
-    "avgpool": (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool2d.forward),
-    "fc": (nn.Linear, nn.Linear.forward),
+#: What a role may be, with the forward that fused code stands in for.
+_ROLES: dict[str, dict[Any, Any]] = {
+    "conv": {nn.Conv2d: nn.Conv2d.forward},
+    "bn": batch_norm.FORWARDS,
+    "relu": {nn.ReLU: nn.ReLU.forward},
+    "maxpool": {nn.MaxPool2d: nn.MaxPool2d.forward},
+    "avgpool": {nn.AdaptiveAvgPool2d: nn.AdaptiveAvgPool2d.forward},
+    "fc": {nn.Linear: nn.Linear.forward},
 }
 
 
 def child_blocked(role: str, child: nn.Module) -> str | None:
     """Why a child may not be replaced by fused code whatever its input is, or None."""
-    wanted, forward = _ROLES.get(role) or _ROLES[role.rstrip("0123456789")]
+    forwards = _ROLES.get(role) or _ROLES[role.rstrip("0123456789")]
     kind = type(child)
-    if kind is not wanted:
-        return f"{role} is a {kind.__name__}, not a plain {wanted.__name__}"
-    if kind.forward is not forward:
+    if kind not in forwards:
+        return f"{role} is a {kind.__name__}, not a plain {next(iter(forwards)).__name__}"
+    if kind.forward is not forwards[kind]:
         return f"{kind.__name__}.forward was replaced"
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return f"hooks on {role}"
@@ -156,26 +157,6 @@ def _conv_blocked(conv: nn.Conv2d, x: Tensor, cast: bool) -> str | None:
     return None
 
 
-def _batch_norm_blocked(bn: nn.BatchNorm2d, x: Tensor) -> str | None:
-    weight, bias, mean, var = folding.batch_norm_tensors(bn)
-    if (mean is None) != (var is None):
-        return "one of the running statistics is None"
-    if bn.eps < 0 or (bn.eps == 0 and (bn.training or mean is None)):
-        return f"eps {bn.eps}"  # eager's own error
-    device, dtype = x.device, None
-    for t in (weight, bias, mean, var):
-        if t is None:
-            continue
-        if type(t) is not nn.Parameter and type(t) is not Tensor:
-            return f"a batch-norm tensor is a {type(t).__name__}"
-        if t.device != device:
-            return f"input on {device}, batch norm on {t.device}"
-        if t.dtype is not dtype and (dtype is not None or not arguments.may_normalise(x.dtype, t.dtype)):
-            return f"input is {x.dtype}, batch norm {t.dtype}"
-        dtype = t.dtype
-    return None
-
-
 def _max_pool_blocked(pool: Any) -> str | None:
     sizes = (pool.kernel_size, pool.stride, pool.padding)
     if pool.dilation != 1 or pool.ceil_mode or pool.return_indices or not all(isinstance(s, int) for s in sizes):
@@ -185,55 +166,30 @@ def _max_pool_blocked(pool: Any) -> str | None:
     return None
 
 
-def _tracked(bn: nn.BatchNorm2d) -> tuple[bool, float, Tensor | None]:
-    """As nn.BatchNorm2d.forward: counts the batch; returns whether batch statistics are used, the momentum, and the
-    counter if it is to be used in the momentum's place."""
-    counter = bn.num_batches_tracked
-    if bn.training and bn.track_running_stats and counter is not None:
-        counter.add_(1)
-    batch_statistics = bn.training or (bn.running_mean is None and bn.running_var is None)
-    cumulative = bn.momentum is None and bn.training and bn.track_running_stats and counter is not None
-    return batch_statistics, 0.0 if bn.momentum is None else bn.momentum, counter if cumulative else None
-
-
-def _running(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
-    if bn.training and not bn.track_running_stats:
-        return None, None
-    return bn.running_mean, bn.running_var
-
-
-def bn_act(bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None = None) -> Tensor:
+def bn_act(bn: BatchNorm, x: Tensor, *, act: str, residual: Tensor | None = None) -> Tensor:
     """act(bn(x) + residual) with the module's attributes as they are now."""
     if residual is not None and not _fits(residual, x.shape, x):
         return _add_separately(bn_act(bn, x, act="identity"), residual, act)
-    training, momentum, counter = _tracked(bn)
     return functional.bn_act(
         x,
-        *_running(bn),
+        *batch_norm.running(bn),
         bn.weight,
         bn.bias,
         residual,
-        training=training,
-        momentum=momentum,
-        eps=bn.eps,
         act=act,
-        num_batches_tracked=counter,
+        **batch_norm.options(bn),
     )
 
 
-def bn_act_maxpool(bn: nn.BatchNorm2d, pool: Any, x: Tensor, *, act: str) -> Tensor:
+def bn_act_maxpool(bn: BatchNorm, pool: Any, x: Tensor, *, act: str) -> Tensor:
     """pool(act(bn(x))) with the modules' attributes as they are now."""
-    training, momentum, counter = _tracked(bn)
     y = functional.bn_act_maxpool(
         x,
-        *_running(bn),
+        *batch_norm.running(bn),
         bn.weight,
         bn.bias,
-        training=training,
-        momentum=momentum,
-        eps=bn.eps,
         act=act,
-        num_batches_tracked=counter,
+        **batch_norm.options(bn),
         kernel_size=pool.kernel_size,
         stride=pool.stride,
         padding=pool.padding,
@@ -330,7 +286,7 @@ def _may_classify(fc: Any, x: Tensor) -> bool:
 
 def conv_bn_act(
     conv: nn.Conv2d,
-    bn: nn.BatchNorm2d,
+    bn: BatchNorm,
     x: Tensor,
     *,
     act: str,
@@ -353,11 +309,10 @@ def conv_bn_act(
     shape = arguments.check_convolution(x, conv.weight, conv.bias, geometry)
     if residual is not None and not _fits(residual, shape, x):
         return _add_separately(conv_bn_act(conv, bn, x, act="identity"), residual, act)
-    training, momentum, counter = _tracked(bn)
     return functional.conv_bn_act(
         x,
         conv.weight,
-        *_running(bn),
+        *batch_norm.running(bn),
         bn.weight,
         bn.bias,
         residual,
@@ -366,11 +321,8 @@ def conv_bn_act(
         padding=geometry[1],
         dilation=geometry[2],
         groups=geometry[3],
-        training=training,
-        momentum=momentum,
-        eps=bn.eps,
         act=act,
-        num_batches_tracked=counter,
+        **batch_norm.options(bn),
         recompute=recompute,
         fork=fork,
     )
@@ -390,6 +342,6 @@ def _add_separately(y: Tensor, residual: Any, act: str) -> Tensor:
     return y.relu() if act == "relu" else y
 
 
-def _wants_gradient(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor, residual: Tensor | None) -> bool:
+def _wants_gradient(conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor, residual: Tensor | None) -> bool:
     tensors = (x, residual, conv.weight, conv.bias, *((bn.weight, bn.bias) if bn is not None else ()))
     return any(t is not None and t.requires_grad for t in tensors)

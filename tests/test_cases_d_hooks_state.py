@@ -263,7 +263,6 @@ def relu_for_batch_norm(model):
 
 
 CONVERSIONS = {
-    "sync_batch_norm": (synchronise, "SyncBatchNorm"),
     "fuse_conv_bn_eval": (fold_and_remove, "Identity"),
     "group_norm": (freeze, "GroupNorm"),
     "no_relu": (lambda model: setattr(model, "relu", nn.Identity()) or model, "Identity"),
@@ -317,12 +316,23 @@ def test_d8_shortcut_converted(mode):
         check(block(stride=2), image(), mode, after=convert, path="block")
 
 
+@pytest.mark.parametrize("mode", ["eval", "inference"])
+@pytest.mark.parametrize("late", [False, True], ids=["before_fuse_", "after_fuse_"])
+def test_d8_synchronised(late, mode):
+    """SyncBatchNorm in evaluation is a batch norm like any other; in training see test_synchronised.py."""
+    model = block()
+    if late:
+        check(model, image(), mode, after=synchronise, path="fast")
+    else:
+        check(synchronise(model), image(), mode, path="fast")
+
+
 def test_d8_convert_back():
-    """fuse_ survives the conversion of a whole model: its blocks stay swapped and run once batch norms are back."""
+    """fuse_ survives the conversion of a whole model: its blocks stay swapped, and run fused with both."""
     model = network()
     fastres.fuse_(model)
     converted = synchronise(model)
     assert converted is model and type(model.layer1[0]).__name__ == "FusedBasicBlock"
     assert any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
     report = fastres.explain(model.eval(), image(3, size=32))
-    assert report.fused == 0 and any("SyncBatchNorm" in row.reason for row in report.rows)
+    assert report.fused > 0 and any("SyncBatchNorm" in row.note for row in report.rows)

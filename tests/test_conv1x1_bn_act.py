@@ -8,7 +8,7 @@ from torch.autograd import graph
 
 import fastres
 from fastres import functional, ops
-from fastres.kernels import extension
+from fastres.kernels import convolution, extension
 from fastres.testing import budget, relative_error
 
 NHWC = torch.channels_last
@@ -76,6 +76,39 @@ def test_parity(shape, training, with_residual, relu):
         values = (*values[:4], None, values[5])
     with fastres.use_kernels("cpu"):
         assert_as_exact_as_eager(raw_op, values, training=training, relu=relu)
+
+
+@needs_extension
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "identity"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_half_precision_is_storage(shape, dtype, training, relu):
+    """Against float64 on the same stored values; eager's half-precision operations are the witness."""
+    x, conv_weight, weight, bias, residual, grad_y = tensors(shape)
+    values = [t.to(dtype).float() for t in (x, conv_weight)] + [weight, bias, residual.to(dtype).float()]
+    values.append(grad_y.to(dtype).float())
+
+    def outcome(function, dtype, affine):
+        inputs = [t.to(affine if i in (2, 3) else dtype) for i, t in enumerate(values)]
+        inputs = [t.detach().requires_grad_() for t in inputs[:5]] + inputs[5:]
+        y = function(*inputs[:5], training=training, relu=relu)
+        return [y.detach(), *torch.autograd.grad(y, inputs[:5], inputs[5])]
+
+    def half(x, *rest, training, relu):  # float32 statistics, as under autocast
+        mean, var = (None, None) if training else statistics(len(rest[1]))
+        y = F.batch_norm(F.conv2d(x, rest[0]), mean, var, rest[1], rest[2], training) + rest[3]
+        return F.relu(y) if relu else y
+
+    with fastres.use_kernels("cpu"):
+        got = outcome(raw_op, dtype, torch.float32)
+    truth, witness = outcome(eager, torch.float64, torch.float64), outcome(half, dtype, torch.float32)
+    for name, ours, exact, theirs in zip(NAMES, got, truth, witness, strict=True):
+        assert ours.dtype is theirs.dtype, name
+        error = relative_error(ours, exact)
+        assert error <= budget(relative_error(theirs, exact), dtype, summed=True), (name, error)
+    if relu:
+        assert torch.equal(got[5] != 0, (got[0] > 0) & (values[5].to(dtype) != 0))
 
 
 @needs_extension
@@ -154,9 +187,12 @@ def test_when_it_serves(monkeypatch):
     assert not served((2, 16, 8, 8, 48)), "hardly an expansion"
     assert not served((1, 16, 8, 8, 64), stride=2) and not served(conv_bias=torch.zeros(64))
     assert not served((1, 64, 8, 8, 256)), "few pixels: products over channels would cost more than the convolution"
-    assert not served(dtype=torch.bfloat16) and not served(layout=torch.contiguous_format)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not served()
+    assert not served(layout=torch.contiguous_format)
+    for faster in (True, False):
+        monkeypatch.setattr(convolution, "onednn_convolves", lambda dtype, fast=faster: fast and dtype.itemsize == 2)
+        assert served() and served(dtype=torch.bfloat16) is not faster
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert served() is not faster
     with fastres.use_kernels("reference"):
         assert not served()
 

@@ -16,7 +16,7 @@ from _compare import network, randomise, some_kernels
 from torch import Tensor, nn
 
 import fastres
-from fastres import functional, sites
+from fastres import batch_norm, functional, sites
 from fastres.errors import UserError
 from fastres.fuse import FusedModule
 from fastres.kernels import extension
@@ -186,7 +186,7 @@ def test_a_biased_running_variance_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_counter_that_stands_still_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = sites._tracked
+    right = batch_norm.options
 
     def wrong(bn: nn.BatchNorm2d) -> Any:
         found = right(bn)
@@ -194,20 +194,20 @@ def test_a_counter_that_stands_still_is_found(monkeypatch: pytest.MonkeyPatch) -
             bn.num_batches_tracked -= 1
         return found
 
-    monkeypatch.setattr(sites, "_tracked", wrong)
+    monkeypatch.setattr(batch_norm, "options", wrong)
     certificate = verify(network(), images(), mode="train")
     assert failing_sites(certificate) == {MODEL, *SITES}
     assert {row.kind for row in certificate.failures} == {"counter"}
 
 
 def test_statistics_that_change_in_eval_mode_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = sites._running
+    right = batch_norm.running
 
     def wrong(bn: nn.BatchNorm2d) -> Any:
         bn.running_mean += 1e-6  # type: ignore[operator]
         return right(bn)
 
-    monkeypatch.setattr(sites, "_running", wrong)
+    monkeypatch.setattr(batch_norm, "running", wrong)
     assert {row.kind for row in verify(network(), images()).failures} >= {"buffer"}
 
 

@@ -1,4 +1,4 @@
-// fastres_cpu::bn_act and its backward: checks, allocation, parallel loops over the kernels of bn_act.h.
+// fastres_cpu::bn_act, its backward and the parts of both: checks, allocation, parallel loops over the kernels of bn_act.h.
 #include "bn_act.h"
 
 #include "buffers.h"
@@ -63,16 +63,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act(const Tensor& x, const Optiona
   return {y, mean, var, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const Tensor& x,
-                                                           const OptionalTensor& weight, const OptionalTensor& bias,
-                                                           const Tensor& mean, const Tensor& var,
-                                                           const OptionalTensor& mask, bool training, double eps,
-                                                           bool relu, bool need_x, bool need_affine, bool need_residual,
-                                                           bool channels_last) {
+BnAct describe_backward(const Tensor& grad_y, const Tensor& x, const OptionalTensor& mask, bool channels_last,
+                        bool relu) {
   check_dense(x, channels_last, "x");
   check_like(grad_y, x, channels_last, "grad_y");
-  const Shape shape(x);
-  const int64_t channels = shape.channels;
   BnAct args = describe(x, channels_last, relu);
   args.grad_y = grad_y.const_data_ptr();
   if (mask.has_value()) {
@@ -80,6 +74,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y,
                     "mask does not belong to x");
     args.mask = const_cast<uint8_t*>(static_cast<const uint8_t*>(mask->const_data_ptr()));
   }
+  return args;
+}
+
+Tensor input_gradient(BnAct args, const BnActKernels& kernels, const Tensor& x) {
+  Tensor grad_x = cached_empty_like(x);
+  args.y = grad_x.mutable_data_ptr();
+  const Chunks chunks(args.runs, args.length);
+  torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = last - 1; chunk >= first; --chunk) {  // backwards: the end of the reduction is still cached
+      kernels.backward_apply(args, chunks.begin(chunk), chunks.end(chunk, args.runs));
+    }
+  });
+  return grad_x;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const Tensor& x,
+                                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                                           const Tensor& mean, const Tensor& var,
+                                                           const OptionalTensor& mask, bool training, double eps,
+                                                           bool relu, bool need_x, bool need_affine, bool need_residual,
+                                                           bool channels_last) {
+  BnAct args = describe_backward(grad_y, x, mask, channels_last, relu);
+  const Shape shape(x);
+  const int64_t channels = shape.channels;
   const float* weight_data = floats(weight, channels, "weight");
   Parameters parameters(channels, doubles(mean, channels, "mean"), doubles(var, channels, "var"), weight_data,
                         floats(bias, channels, "bias"), eps);
@@ -99,23 +117,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y,
                              need_affine ? static_cast<float*>(grad_weight.mutable_data_ptr()) : nullptr,
                              need_affine ? static_cast<float*>(grad_bias.mutable_data_ptr()) : nullptr);
   }
-  Tensor grad_x = need_x ? cached_empty_like(x) : empty_of(x, 0, x.scalar_type());
-  if (need_x) {
-    if (store_gradient) {  // already masked: read it instead of grad_y and the mask
-      args.grad_y = grad_residual.const_data_ptr();
-      args.grad_residual = nullptr;
-      args.mask = nullptr;
-      args.relu = false;
-    }
-    args.y = grad_x.mutable_data_ptr();
-    const Chunks chunks(args.runs, args.length);
-    torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
-      for (int64_t chunk = last - 1; chunk >= first; --chunk) {  // backwards: the end of the reduction is still cached
-        kernels.backward_apply(args, chunks.begin(chunk), chunks.end(chunk, args.runs));
-      }
-    });
+  if (need_x && store_gradient) {  // already masked: read it instead of grad_y and the mask
+    args.grad_y = grad_residual.const_data_ptr();
+    args.grad_residual = nullptr;
+    args.mask = nullptr;
+    args.relu = false;
   }
+  Tensor grad_x = need_x ? input_gradient(args, kernels, x) : empty_of(x, 0, x.scalar_type());
   return {grad_x, grad_weight, grad_bias, grad_residual};
+}
+
+// Where the statistics are those of more values than x has (synchronised batch norm): the two halves of the above.
+
+std::tuple<Tensor, Tensor> bn_statistics(const Tensor& x, bool channels_last) {
+  check_dense(x, channels_last, "x");
+  Tensor mean = empty_of(x, x.size(1), ScalarType::Double), var = empty_of(x, x.size(1), ScalarType::Double);
+  batch_statistics(x, channels_last, static_cast<double*>(mean.mutable_data_ptr()),
+                   static_cast<double*>(var.mutable_data_ptr()));
+  return {mean, var};
+}
+
+// grad_x; grad_weight, grad_bias: over all `count` values a channel that the statistics are of.
+Tensor bn_act_backward_apply(const Tensor& grad_y, const Tensor& x, const OptionalTensor& weight,
+                             const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+                             const OptionalTensor& mask, const Tensor& grad_weight, const Tensor& grad_bias,
+                             double count, double eps, bool relu, bool channels_last) {
+  BnAct args = describe_backward(grad_y, x, mask, channels_last, relu);
+  const int64_t channels = x.size(1);
+  const float* weight_data = floats(weight, channels, "weight");
+  Parameters parameters(channels, doubles(mean, channels, "mean"), doubles(var, channels, "var"), weight_data,
+                        floats(bias, channels, "bias"), eps);
+  parameters.give(&args, true);
+  const double *grad_w = doubles(grad_weight, channels, "grad_weight"),
+               *grad_b = doubles(grad_bias, channels, "grad_bias");
+  for (int64_t c = 0; c < channels; ++c) parameters.set_terms(c, grad_w[c], grad_b[c], count, weight_data);
+  return input_gradient(args, bn_act_kernels(dtype_index(x), channels_last), x);
 }
 
 }  // namespace
@@ -173,9 +209,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_cpu, m) {
       "bn_act_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? mask, "
       "bool training, float eps, bool relu, bool need_x, bool need_affine, bool need_residual, bool channels_last) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("bn_statistics(Tensor x, bool channels_last) -> (Tensor, Tensor)");
+  m.def(
+      "bn_act_backward_apply(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? mask, "
+      "Tensor grad_weight, Tensor grad_bias, float count, float eps, bool relu, bool channels_last) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_cpu, CPU, m) {
   m.impl("bn_act", TORCH_BOX(&fastres::bn_act));
   m.impl("bn_act_backward", TORCH_BOX(&fastres::bn_act_backward));
+  m.impl("bn_statistics", TORCH_BOX(&fastres::bn_statistics));
+  m.impl("bn_act_backward_apply", TORCH_BOX(&fastres::bn_act_backward_apply));
 }

@@ -117,15 +117,19 @@ class Parameters {
       const double grad_b = sums.first[c], grad_w = inverse_[c] * (sums.second[c] - rest_[c] * sums.first[c]);
       if (grad_weight) grad_weight[c] = static_cast<float>(grad_w);
       if (grad_bias) grad_bias[c] = static_cast<float>(grad_b);
-      if (!training) continue;
-      const double scale = weight ? weight[c] * inverse_[c] : inverse_[c];
-      const double slope = -scale * inverse_[c] * grad_w / count;
-      row(3)[c] = static_cast<float>(slope);
-      row(4)[c] = static_cast<float>(-scale * grad_b / count - slope * rest_[c]);
+      if (training) set_terms(c, grad_w, grad_b, count, weight);
     }
   }
 
-  // training: batch statistics were used, grad_x has the terms of set_gradients.
+  // The terms of channel c, from the gradients of weight and bias over the `count` values that the statistics are of.
+  void set_terms(int64_t c, double grad_w, double grad_b, double count, const float* weight) {
+    const double scale = weight ? weight[c] * inverse_[c] : inverse_[c];
+    const double slope = -scale * inverse_[c] * grad_w / count;
+    row(3)[c] = static_cast<float>(slope);
+    row(4)[c] = static_cast<float>(-scale * grad_b / count - slope * rest_[c]);
+  }
+
+  // training: batch statistics were used, grad_x has the terms of set_terms.
   template <class Args>
   void give(Args* args, bool training) {
     args->mean = row(0);

@@ -36,9 +36,9 @@ FASTRES_INLINE void gram_tile(const double* const* a, int64_t step, const double
 }
 
 // The values lie in slabs of W channels, [slab][pixel][W], from which both factors are read.
-static void moments(const float* x, int64_t channels, const double* point, int64_t begin, int64_t end, double* scratch,
+static void moments(const float* x, int64_t channels, const double* point, int64_t count, double* scratch,
                     double* first, double* second) {
-  const int64_t slabs = (channels + W - 1) / W, padded = slabs * W, count = end - begin;
+  const int64_t slabs = (channels + W - 1) / W, padded = slabs * W;
   for (int64_t slab = 0; slab < slabs; ++slab) {
     const int64_t valid = channels - slab * W < W ? channels - slab * W : W;
     double from[W] = {}, sum[W];
@@ -46,7 +46,7 @@ static void moments(const float* x, int64_t channels, const double* point, int64
     const vd origins[2] = {load(from), load(from + kHalf)};
     vd sums[2] = {};
     for (int64_t i = 0; i < count; ++i) {
-      const float* values = x + (begin + i) * channels + slab * W;
+      const float* values = x + i * channels + slab * W;
       float buffer[W] = {};  // lanes without a channel are zeros, as is their origin
       if (valid < W) {
         __builtin_memcpy(buffer, values, valid * sizeof(float));
@@ -127,12 +127,14 @@ static void quadratic_forms(const float* weight, int64_t channels, const double*
   }
 }
 
-static void mask_of_relu(const float* y, int64_t channels, int64_t begin, int64_t end, uint8_t* mask) {
+template <class T>
+static void mask_of_relu(const void* y, int64_t channels, int64_t begin, int64_t end, uint8_t* mask) {
   for (int64_t run = begin; run < end; ++run) {
-    const float* values = y + run * channels;
+    const T* values = static_cast<const T*>(y) + run * channels;
     uint8_t* bits = mask + run * ((channels + 7) / 8);
     for_each_vector(channels, [&](int64_t i, auto n) { store_bits(bits, i, ~(load(values + i, n) <= 0.0f), n); });
   }
 }
 
-constexpr GramKernels gram_table = {W, moments, pack_covariance, quadratic_forms, mask_of_relu};
+constexpr GramKernels gram_table = {
+    W, moments, pack_covariance, quadratic_forms, {mask_of_relu<float>, mask_of_relu<BF16>, mask_of_relu<F16>}};

@@ -40,11 +40,9 @@ def conv_bn_act_backward_why_not(grad_y: Tensor, x: Tensor, conv_weight: Tensor,
 
 
 def conv1x1_bn_act_why_not(x: Tensor, conv_weight: Tensor, *args: Any) -> str | None:
-    if x.dtype is not torch.float32 or conv_weight.dtype is not torch.float32:
-        return f"{x.dtype} input, {conv_weight.dtype} weight"
     if reference.conv_format(x, conv_weight) is not torch.channels_last:
         return "not channels_last"
-    return "empty batch" if x.numel() == 0 else None
+    return why_not(x)
 
 
 def conv1x1_bn_act_backward_why_not(grad_y: Tensor, x: Tensor, *args: Any) -> str | None:
@@ -53,6 +51,10 @@ def conv1x1_bn_act_backward_why_not(grad_y: Tensor, x: Tensor, *args: Any) -> st
 
 def _float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
+
+
+def _rows(conv_weight: Tensor) -> Tensor:
+    return conv_weight.float().contiguous()
 
 
 def _double(t: Tensor | None) -> Tensor | None:
@@ -87,6 +89,22 @@ def bn_act_backward(
     channels_last = layout.is_channels_last(x)
     grad_y = layout.like(grad_y.to(x.dtype), channels_last)
     return torch.ops.fastres_cpu.bn_act_backward.default(
+        grad_y, x, _float(weight), _float(bias), mean, var, mask, *options, channels_last
+    )
+
+
+def bn_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = layout.dense(x)
+    return torch.ops.fastres_cpu.bn_statistics.default(x, layout.is_channels_last(x))
+
+
+def bn_act_backward_apply(
+    grad_y: Tensor, x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, mask: Tensor | None, *options: Any
+) -> Tensor:
+    x = layout.dense(x)
+    channels_last = layout.is_channels_last(x)
+    grad_y = layout.like(grad_y.to(x.dtype), channels_last)
+    return torch.ops.fastres_cpu.bn_act_backward_apply.default(
         grad_y, x, _float(weight), _float(bias), mean, var, mask, *options, channels_last
     )
 
@@ -206,7 +224,7 @@ def conv1x1_bn_act(
     residual = None if residual is None else layout.like(residual, True)
     y, *rest = torch.ops.fastres_cpu.conv1x1_bn_act.default(
         layout.like(x, True),
-        conv_weight.contiguous(),
+        _rows(conv_weight),
         _float(weight),
         _float(bias),
         mean,
@@ -232,9 +250,9 @@ def conv1x1_bn_act_backward(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     grad_x, grad_conv_weight, grad_weight, grad_bias, masked = torch.ops.fastres_cpu.conv1x1_bn_act_backward.default(
-        layout.like(grad_y, True),
+        layout.like(grad_y.to(x.dtype), True),
         layout.like(x, True),
-        conv_weight.contiguous(),
+        _rows(conv_weight),
         _float(weight),
         mean,
         var,
@@ -247,4 +265,33 @@ def conv1x1_bn_act_backward(
         grad_x = layout.in_format(grad_x, torch.channels_last)
     if masked.numel():
         masked = layout.in_format(masked, torch.channels_last)
-    return grad_x, grad_conv_weight, grad_weight, grad_bias, masked
+    return grad_x, grad_conv_weight.to(x.dtype), grad_weight, grad_bias, masked
+
+
+def conv1x1_statistics(x: Tensor, conv_weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and variance of the output's channels, mean and covariance of the input's."""
+    return torch.ops.fastres_cpu.conv1x1_statistics.default(layout.like(x, True), _rows(conv_weight))
+
+
+def conv1x1_backward_reduce(
+    grad_y: Tensor, x: Tensor, conv_weight: Tensor, mean: Tensor, x_mean: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """g (grad_y without a mask), g^T (x - x_mean), and the sums of g * (raw - mean) and of g over the pixels."""
+    grad_y, x = layout.like(grad_y.to(x.dtype), True), layout.like(x, True)
+    g, *sums = torch.ops.fastres_cpu.conv1x1_backward_reduce.default(grad_y, x, _rows(conv_weight), mean, x_mean, mask)
+    return grad_y if mask is None else layout.in_format(g, torch.channels_last), *sums
+
+
+def conv1x1_backward_apply(
+    g: Tensor, x: Tensor, conv_weight: Tensor, weight: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """grad_x and grad_conv_weight; rest: mean, var, x_mean, covariance, what conv1x1_backward_reduce gave but for g,
+    with the second of them left out, its sums over all processes, the number of their pixels, eps, need_x and
+    need_conv_weight."""
+    grad_conv_weight = rest[4]
+    grad_x = torch.ops.fastres_cpu.conv1x1_backward_apply.default(
+        g, layout.like(x, True), _rows(conv_weight), _float(weight), *rest
+    )
+    if grad_x.numel():
+        grad_x = layout.in_format(grad_x, torch.channels_last)
+    return grad_x, grad_conv_weight.to(x.dtype)

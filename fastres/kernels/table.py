@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastres import reference
+from fastres import reference, synchronised_reference
 from fastres.kernels import convolution, cpu, onednn, triton
 
 
@@ -67,6 +67,12 @@ _BATCH_NORM_OPS = (
     "bn_act_maxpool_backward",
 )
 
+
+def _part(name: str, run: Callable[..., Any], why_not: Callable[..., str | None] = lambda *args: None) -> list[Kernel]:
+    reference_part = Kernel("reference", getattr(synchronised_reference, name), lambda: None, lambda *args: None)
+    return [Kernel("cpu", run, cpu.unavailable, why_not), reference_part]
+
+
 #: (op, device type) -> kernels, best first. Devices without an entry have the reference only.
 TABLE: dict[tuple[str, str], list[Kernel]] = {
     **{(op, "cpu"): [_cpu(op), _reference(op)] for op in _BATCH_NORM_OPS},
@@ -91,6 +97,19 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         Kernel("onednn", onednn.conv_bias_act, onednn.unavailable, onednn.why_not, onednn.prepare),
         _reference("conv_bias_act"),
     ],
+    # What fastres/ops/synchronised.py is made of besides the ops; not registered as ops. CPU only.
+    ("bn_statistics", "cpu"): _part("bn_statistics", cpu.bn_statistics, cpu.why_not),
+    ("bn_act_backward_apply", "cpu"): _part("bn_act_backward_apply", cpu.bn_act_backward_apply, cpu.why_not),
+    ("convolution", "cpu"): _part("convolution", convolution.convolve),
+    ("convolution_backward", "cpu"): _part("convolution_backward", convolution.convolve_backward),
+    **{
+        (name, "cpu"): [Kernel("cpu", run, cpu.unavailable, lambda *args: None)]  # where conv1x1_bn_act serves
+        for name, run in (
+            ("conv1x1_statistics", cpu.conv1x1_statistics),
+            ("conv1x1_backward_reduce", cpu.conv1x1_backward_reduce),
+            ("conv1x1_backward_apply", cpu.conv1x1_backward_apply),
+        )
+    },
     **{
         (op, "cuda"): [_triton(op, module), _reference(op)]
         for module, ops in (

@@ -10,6 +10,7 @@ from fastres.ops import (
     conv_bn_act,
     flops,
     recompute,
+    synchronised,
     update_running_stats,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "conv_bn_act",
     "flops",
     "recompute",
+    "synchronised",
     "update_running_stats",
 ]

@@ -41,7 +41,7 @@ def differentiable(
     eager_backward: of eager training, where it is not `backward`: what it calls need not be traceable."""
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
     eager = _function(op, lambda *args: op(*args), setup_context, eager_backward or backward)
-    return lambda *args: _apply(op, eager, args) if _records(args) else op(*args)
+    return lambda *args: apply(op, eager, args) if _records(args) else op(*args)
 
 
 def served_by(op: Any, *args: Any) -> str:
@@ -63,12 +63,16 @@ def forked(
 
     def call_forked(*args: Any) -> Any:
         x = args[0]
-        cast = autocast_enabled(x.device.type) and x.dtype is not torch.get_autocast_dtype(x.device.type)
-        if cast or not x.requires_grad or not _records(args):
+        if not may_fork(x) or not _records(args):
             return (*call(*args), x)
-        return _apply(op, eager, args)
+        return apply(op, eager, args)
 
     return call_forked
+
+
+def may_fork(x: Tensor) -> bool:
+    """Whether an op's input x may be one of its results: it has a gradient, and autocast makes no copy of it."""
+    return x.requires_grad and x.dtype is autocast_dtype(x)
 
 
 def _function(
@@ -91,8 +95,8 @@ def _records(args: tuple[Any, ...]) -> bool:
     )
 
 
-def _apply(op: Any, eager: Any, args: tuple[Any, ...]) -> Any:
-    """eager.apply, with what autocast asks for done before: it has to be recorded."""
+def apply(op: Any, eager: Any, args: tuple[Any, ...]) -> Any:
+    """eager.apply, with what autocast asks for `op` done before: it has to be recorded. `args`: those of op first."""
     device_type = args[0].device.type
     if op not in _casts or not autocast_enabled(device_type):
         return eager.apply(*args)
@@ -109,6 +113,13 @@ def _autocast_keys(device_type: str) -> Any:
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a device type that has autocast kernels here."""
     return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution of x computes now."""
+    if x.dtype is torch.float64 or not autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def autocast(op: Any, cast: Callable[..., Sequence[Any]]) -> None:

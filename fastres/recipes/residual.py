@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres import sites
+from fastres.batch_norm import FORWARDS, BatchNorm
 from fastres.models.cifar import ZeroPadShortcut
 
 
@@ -42,13 +43,13 @@ def _shortcut(block: Any, x: Tensor) -> Tensor:
         conv: Any = downsample[0]
         bn: Any = downsample[1]
         hooked = downsample._forward_hooks or downsample._forward_pre_hooks or downsample._backward_hooks
-        plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and not hooked
+        plain = type(conv) is nn.Conv2d and type(bn) in FORWARDS and not hooked
         if plain and not downsample._backward_pre_hooks and sites.blocked(downsample, x, conv=conv, bn=bn) is None:
             return sites.conv_bn_act(conv, bn, x, act="identity")
     return downsample(x)
 
 
-def _join(conv: nn.Conv2d, bn: nn.BatchNorm2d, y: Tensor, shortcut: Any) -> Tensor:
+def _join(conv: nn.Conv2d, bn: BatchNorm, y: Tensor, shortcut: Any) -> Tensor:
     """relu(bn(conv(y)) + shortcut)."""
     if shortcut is None:  # a user's downsample may return it; to the function below it would mean that there is none
         y = sites.conv_bn_act(conv, bn, y, act="identity")

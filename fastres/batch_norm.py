@@ -1,0 +1,89 @@
+"""What nn.BatchNorm2d and nn.SyncBatchNorm do in a call, from their attributes as they are now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres import arguments
+
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+#: The forwards that fused code stands in for.
+FORWARDS = {nn.BatchNorm2d: nn.BatchNorm2d.forward, nn.SyncBatchNorm: nn.SyncBatchNorm.forward}
+
+
+def tensors(bn: BatchNorm) -> tuple[Tensor | None, ...]:
+    """Weight, bias, running mean and variance."""
+    try:
+        parameters, buffers = bn._parameters, bn._buffers
+        return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
+    except KeyError:
+        return bn.weight, bn.bias, bn.running_mean, bn.running_var
+
+
+def blocked(bn: BatchNorm, x: Tensor) -> str | None:
+    """Why fused code may not stand for `bn` with activations like x, or None."""
+    weight, bias, mean, var = tensors(bn)
+    if (mean is None) != (var is None):
+        return "one of the running statistics is None"
+    if bn.eps < 0 or (bn.eps == 0 and (bn.training or mean is None)):
+        return f"eps {bn.eps}"  # eager's own error
+    if not x.is_cpu and process_group(bn) is not None:
+        return f"fused synchronised batch norm is for CPUs, input on {x.device}"
+    device, dtype = x.device, None
+    for t in (weight, bias, mean, var):
+        if t is None:
+            continue
+        if type(t) is not nn.Parameter and type(t) is not Tensor:
+            return f"a batch-norm tensor is a {type(t).__name__}"
+        if t.device != device:
+            return f"input on {device}, batch norm on {t.device}"
+        if t.dtype is not dtype and (dtype is not None or not arguments.may_normalise(x.dtype, t.dtype)):
+            return f"input is {x.dtype}, batch norm {t.dtype}"
+        dtype = t.dtype
+    return None
+
+
+def note(bn: nn.Module) -> str:
+    """What a report has to say of a batch norm that is fused, or ""."""
+    if type(bn) is not nn.SyncBatchNorm:
+        return ""
+    return (
+        "SyncBatchNorm: with a process group, the fused block synchronises on CPUs, where its own forward would raise; "
+        "on other devices its own forward runs"
+    )
+
+
+def process_group(bn: BatchNorm) -> Any:
+    """The processes whose statistics `bn` uses now, or None: as nn.SyncBatchNorm.forward."""
+    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+        return None
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    group = bn.process_group or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
+
+
+def options(bn: BatchNorm) -> dict[str, Any]:
+    """Counts the batch, as its forward, and returns what fastres.functional's batch norms take of it: whether batch
+    statistics are used, and of which processes; the momentum, or the counter in its place; eps."""
+    counter = bn.num_batches_tracked
+    if bn.training and bn.track_running_stats and counter is not None:
+        counter.add_(1)
+    cumulative = bn.momentum is None and bn.training and bn.track_running_stats
+    return {
+        "training": bn.training or (bn.running_mean is None and bn.running_var is None),
+        "momentum": 0.0 if bn.momentum is None else bn.momentum,
+        "num_batches_tracked": counter if cumulative else None,
+        "process_group": process_group(bn),
+        "eps": bn.eps,
+    }
+
+
+def running(bn: BatchNorm) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics that a call uses or writes."""
+    if bn.training and not bn.track_running_stats:
+        return None, None
+    return bn.running_mean, bn.running_var
