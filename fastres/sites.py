@@ -185,55 +185,54 @@ def _max_pool_blocked(pool: Any) -> str | None:
     return None
 
 
-def _tracked(bn: nn.BatchNorm2d) -> tuple[bool, float, Tensor | None]:
-    """As nn.BatchNorm2d.forward: counts the batch; returns whether batch statistics are used, the momentum, and the
-    counter if it is to be used in the momentum's place."""
+def batch_norm(bn: nn.BatchNorm2d) -> functional.BatchNorm:
+    """As nn.BatchNorm2d.forward: counts the batch, and says what it is normalised with, by the module's attributes as
+    they are now."""
     counter = bn.num_batches_tracked
     if bn.training and bn.track_running_stats and counter is not None:
         counter.add_(1)
-    batch_statistics = bn.training or (bn.running_mean is None and bn.running_var is None)
     cumulative = bn.momentum is None and bn.training and bn.track_running_stats and counter is not None
-    return batch_statistics, 0.0 if bn.momentum is None else bn.momentum, counter if cumulative else None
-
-
-def _running(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
-    if bn.training and not bn.track_running_stats:
-        return None, None
-    return bn.running_mean, bn.running_var
+    untracked = bn.training and not bn.track_running_stats
+    return functional.BatchNorm(
+        None if untracked else bn.running_mean,
+        None if untracked else bn.running_var,
+        bn.weight,
+        bn.bias,
+        bn.training or (bn.running_mean is None and bn.running_var is None),  # whether batch statistics are used
+        0.0 if bn.momentum is None else bn.momentum,
+        bn.eps,
+        counter if cumulative else None,
+    )
 
 
 def bn_act(bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None = None) -> Tensor:
     """act(bn(x) + residual) with the module's attributes as they are now."""
     if residual is not None and not _fits(residual, x.shape, x):
         return _add_separately(bn_act(bn, x, act="identity"), residual, act)
-    training, momentum, counter = _tracked(bn)
+    norm = batch_norm(bn)
     return functional.bn_act(
         x,
-        *_running(bn),
-        bn.weight,
-        bn.bias,
+        *norm[:4],
         residual,
-        training=training,
-        momentum=momentum,
-        eps=bn.eps,
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
         act=act,
-        num_batches_tracked=counter,
+        num_batches_tracked=norm.num_batches_tracked,
     )
 
 
 def bn_act_maxpool(bn: nn.BatchNorm2d, pool: Any, x: Tensor, *, act: str) -> Tensor:
     """pool(act(bn(x))) with the modules' attributes as they are now."""
-    training, momentum, counter = _tracked(bn)
+    norm = batch_norm(bn)
     y = functional.bn_act_maxpool(
         x,
-        *_running(bn),
-        bn.weight,
-        bn.bias,
-        training=training,
-        momentum=momentum,
-        eps=bn.eps,
+        *norm[:4],
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
         act=act,
-        num_batches_tracked=counter,
+        num_batches_tracked=norm.num_batches_tracked,
         kernel_size=pool.kernel_size,
         stride=pool.stride,
         padding=pool.padding,
@@ -248,7 +247,7 @@ def stem(block: nn.Module, x: Tensor, conv: Any, bn: Any, relu: Any, maxpool: An
     children = {"conv": conv, "bn": bn, "relu": relu, "maxpool": maxpool}
     if _input_blocked(x) or _children_blocked(x, children) or bn.training:
         return None
-    if torch.is_grad_enabled() and _wants_gradient(conv, bn, x, None):
+    if torch.is_grad_enabled() and wants_gradient(conv, bn, x, None):
         return None
     kept = folding.folded(conv, bn, x)
     if kept is None or not isinstance(kept[0], convolution_kernel.Packed):
@@ -268,7 +267,7 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """conv(x): in inference with packed weights, else conv_bias_act; the module itself where that is not legal."""
     if _input_blocked(x) or _children_blocked(x, {"conv": conv}) or x.dtype is torch.float64:
         return conv(x)
-    if not (torch.is_grad_enabled() and _wants_gradient(conv, None, x, None)) and (
+    if not (torch.is_grad_enabled() and wants_gradient(conv, None, x, None)) and (
         kept := folding.folded(conv, None, x)
     ):
         y = kept[0](x, None, False)
@@ -340,7 +339,7 @@ def conv_bn_act(
 ) -> Tensor:
     """act(bn(conv(x)) + residual): in inference one convolution with folded, packed weights, else conv_bn_act.
     recompute, for results that do not leave the block, and fork: as in fastres.functional.conv_bn_act."""
-    if not bn.training and not (torch.is_grad_enabled() and _wants_gradient(conv, bn, x, residual)):
+    if not bn.training and not (torch.is_grad_enabled() and wants_gradient(conv, bn, x, residual)):
         kept = folding.folded(conv, bn, x)
         if kept is not None and (residual is None or _fits(residual, kept[1], x)):
             if fork is not None:
@@ -353,24 +352,22 @@ def conv_bn_act(
     shape = arguments.check_convolution(x, conv.weight, conv.bias, geometry)
     if residual is not None and not _fits(residual, shape, x):
         return _add_separately(conv_bn_act(conv, bn, x, act="identity"), residual, act)
-    training, momentum, counter = _tracked(bn)
+    norm = batch_norm(bn)
     return functional.conv_bn_act(
         x,
         conv.weight,
-        *_running(bn),
-        bn.weight,
-        bn.bias,
+        *norm[:4],
         residual,
         conv_bias=conv.bias,
         stride=geometry[0],
         padding=geometry[1],
         dilation=geometry[2],
         groups=geometry[3],
-        training=training,
-        momentum=momentum,
-        eps=bn.eps,
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
         act=act,
-        num_batches_tracked=counter,
+        num_batches_tracked=norm.num_batches_tracked,
         recompute=recompute,
         fork=fork,
     )
@@ -390,6 +387,7 @@ def _add_separately(y: Tensor, residual: Any, act: str) -> Tensor:
     return y.relu() if act == "relu" else y
 
 
-def _wants_gradient(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor, residual: Tensor | None) -> bool:
+def wants_gradient(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether act(bn(conv(x)) + residual) has a gradient, if gradients are recorded."""
     tensors = (x, residual, conv.weight, conv.bias, *((bn.weight, bn.bias) if bn is not None else ()))
     return any(t is not None and t.requires_grad for t in tensors)

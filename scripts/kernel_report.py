@@ -31,6 +31,7 @@ from fastres.kernels.triton import (  # noqa: E402
     convolution,
     elementwise,
     implicit,
+    join,
     offline,
     operands,
     pool,
@@ -69,6 +70,19 @@ def additions(layer: Layer, batch: int, dtype: torch.dtype) -> None:
         elementwise.add_act_backward(x, elementwise.add_act(x, x, True))
 
 
+def joins(layer: Layer, batch: int, dtype: torch.dtype) -> None:
+    """bn_add_bn_act behind the last convolution of a block and that of its shortcut: training, and frozen."""
+    if layer.then == "bn":
+        x, c = meta(batch, *layer.out, dtype=dtype), meta(layer.k)
+        for training in (True, False):
+            branch = (x, c, c, c, c)
+            y, mean, var, other_mean, other_var, mask = join.bn_add_bn_act(
+                *branch, *branch, training, training, 1e-5, 1e-5, True, True
+            )
+            saved = (mean, var, x, c, other_mean, other_var, mask)
+            join.bn_add_bn_act_backward(y, x, c, *saved, training, training, 1e-5, 1e-5, True, True, True, True)
+
+
 def pools(layer: Layer, batch: int, dtype: torch.dtype) -> None:
     """bn_act_maxpool behind the stem's convolution."""
     if layer.then == "bn_relu_maxpool":
@@ -104,6 +118,12 @@ def convolutions(layer: Layer, batch: int, dtype: torch.dtype) -> None:
         convolution.conv1x1_forward(x, weight, stride=stride, norm=norm, statistics=True)
         convolution.conv1x1_grad_input(y, weight, x.shape, stride=stride)
         convolution.conv1x1_grad_weight(y, x, stride=stride, norm=norm)
+        k, options = meta(layer.k), (True, 1e-5, layer.then != "bn")
+        behind, *_ = operands.norm_gradient_of(y, y, k, k, k.double(), k.double(), *options)
+        convolution.conv1x1_grad_input(y, weight, x.shape, stride=stride, behind=behind)
+        # A shortcut with a stride reads the block's input, which no batch norm stands before.
+        before = norm if layer.stride == 1 else None
+        convolution.conv1x1_grad_weight(y, x, stride=stride, norm=before, behind=behind)
     else:
         padding = (layer.r // 2, layer.r // 2)
         implicit.convolution_forward(x, weight, stride=stride, padding=padding, norm=norm, statistics=True)
@@ -113,6 +133,7 @@ def convolutions(layer: Layer, batch: int, dtype: torch.dtype) -> None:
 LAUNCHERS: dict[str, Callable[[Layer, int, torch.dtype], None]] = {
     "batch_norm": batch_norms,
     "elementwise": additions,
+    "join": joins,
     "pool": pools,
     "algebraic": expansions,
     "convolution": convolutions,

@@ -186,7 +186,7 @@ def test_a_biased_running_variance_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_counter_that_stands_still_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = sites._tracked
+    right = sites.batch_norm
 
     def wrong(bn: nn.BatchNorm2d) -> Any:
         found = right(bn)
@@ -194,20 +194,20 @@ def test_a_counter_that_stands_still_is_found(monkeypatch: pytest.MonkeyPatch) -
             bn.num_batches_tracked -= 1
         return found
 
-    monkeypatch.setattr(sites, "_tracked", wrong)
+    monkeypatch.setattr(sites, "batch_norm", wrong)
     certificate = verify(network(), images(), mode="train")
     assert failing_sites(certificate) == {MODEL, *SITES}
     assert {row.kind for row in certificate.failures} == {"counter"}
 
 
 def test_statistics_that_change_in_eval_mode_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = sites._running
+    right = sites.batch_norm
 
     def wrong(bn: nn.BatchNorm2d) -> Any:
         bn.running_mean += 1e-6  # type: ignore[operator]
         return right(bn)
 
-    monkeypatch.setattr(sites, "_running", wrong)
+    monkeypatch.setattr(sites, "batch_norm", wrong)
     assert {row.kind for row in verify(network(), images()).failures} >= {"buffer"}
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastres import reference
+from fastres import reference, reference_join
 from fastres.kernels import convolution, cpu, onednn, triton
 
 
@@ -47,7 +47,8 @@ class Kernel:
 
 
 def _reference(op: str) -> Kernel:
-    return Kernel("reference", getattr(reference, op), lambda: None, lambda *args: None)
+    module = reference if hasattr(reference, op) else reference_join
+    return Kernel("reference", getattr(module, op), lambda: None, lambda *args: None)
 
 
 def _cpu(op: str) -> Kernel:
@@ -67,7 +68,8 @@ _BATCH_NORM_OPS = (
     "bn_act_maxpool_backward",
 )
 
-#: (op, device type) -> kernels, best first. Devices without an entry have the reference only.
+#: (op, device type) -> kernels, best first. Devices without an entry have the reference only; so has bn_add_bn_act on
+#: CPUs, where fastres.functional makes it of two calls of bn_act.
 TABLE: dict[tuple[str, str], list[Kernel]] = {
     **{(op, "cpu"): [_cpu(op), _reference(op)] for op in _BATCH_NORM_OPS},
     ("conv_bn_act", "cpu"): [
@@ -96,6 +98,7 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         for module, ops in (
             ("batch_norm", ("bn_act", "bn_act_backward")),
             ("elementwise", ("add_act", "add_act_backward")),
+            ("join", ("bn_add_bn_act", "bn_add_bn_act_backward")),
             ("pool", ("bn_act_maxpool", "bn_act_maxpool_backward")),
             ("convolution_ops", ("conv_bias_act",)),
         )
@@ -124,6 +127,8 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
 }
 OPS = (
     *_BATCH_NORM_OPS,
+    "bn_add_bn_act",
+    "bn_add_bn_act_backward",
     "conv_bn_act",
     "conv_bn_act_backward",
     "conv1x1_bn_act",
