@@ -84,9 +84,11 @@ def check_nan_and_inf_of_two_branches(dtype: torch.dtype, layout: str) -> None:
     x, other = (t.to(dtype).contiguous(memory_format=LAYOUTS[layout]).requires_grad_() for t in (x, other))
     grad_y = torch.ones_like(x)
     for training in ((True, True), (True, False), (False, False)):
-        norms = [functional.BatchNorm(torch.zeros(20), torch.ones(20), training=mode) for mode in training]
-        want = F.relu(sum(F.batch_norm(t, *norm[:5]) for t, norm in zip((x, other), norms, strict=True)))
-        got = functional.bn_add_bn_act(x, norms[0], other, norms[1])
+        norms = [
+            functional.BatchNorm(torch.zeros(20), torch.ones(20), training=mode) for mode in (*training, *training)
+        ]
+        want = F.relu(F.batch_norm(x, *norms[0][:5]) + F.batch_norm(other, *norms[1][:5]))
+        got = functional.bn_add_bn_act(x, norms[2], other, norms[3])
         assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
         for g, w in zip(*(torch.autograd.grad(y, (x, other), grad_y) for y in (got, want)), strict=True):
             assert torch.equal(g.isnan(), w.isnan())

@@ -135,10 +135,17 @@ def running() -> AbstractContextManager[None]:
 
 
 @contextmanager
+def serving(device_type: str) -> Iterator[None]:
+    """In this context Triton's kernels serve the ops on such devices, and no others."""
+    with pytest.MonkeyPatch.context() as patched, fastres.use_kernels("triton"):
+        for (op, device), row in [*table.TABLE.items()]:
+            if device == "cuda":
+                patched.setitem(table.TABLE, (op, device_type), row)
+        yield
+
+
+@contextmanager
 def triton_kernels() -> Iterator[None]:
     """In this context Triton's kernels serve the ops, and no others; tensors are made on DEVICE."""
-    with pytest.MonkeyPatch.context() as patched, fastres.use_kernels("triton"), DEVICE, running():
-        for (op, device_type), row in [*table.TABLE.items()]:
-            if device_type == "cuda":
-                patched.setitem(table.TABLE, (op, DEVICE.type), row)
+    with serving(DEVICE.type), DEVICE, running():
         yield

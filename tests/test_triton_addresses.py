@@ -16,6 +16,7 @@ from _addresses import Seen, run
 
 pytest.importorskip("triton")
 
+from fastres.kernels import table
 from fastres.kernels.triton import gram, product, row_product, tiles
 from fastres.kernels.triton.record import Launch, recording
 
@@ -172,3 +173,11 @@ def test_nearly_2_to_31_rows(many_programs):
         if "rows" in one.arguments:
             assert one.arguments["rows"] == 2**31 - 9
             check_ends(one)
+
+
+def test_pooling_of_larger_images_is_left_to_the_reference():
+    """Their pixels do not fit into 32 bits, in which pooling counts them."""
+    for kernel in (table.TABLE[op, "cuda"][0] for op in ("bn_act_maxpool", "bn_act_maxpool_backward")):
+        for size, reason in ((2**16, "an image of 2^31 pixels or more"), (2**15, None)):
+            x = torch.empty(1, 3, size, 2**15, dtype=torch.bfloat16, device="meta")
+            assert kernel.why_not(x, x) == reason

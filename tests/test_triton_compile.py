@@ -191,6 +191,12 @@ def test_too_much_shared_memory_is_found():
     assert faults == ["166913 bytes of shared memory, sm_80 has 166912"]
 
 
+def test_an_allocation_is_found():
+    one = offline.specialise(tile_launch(copy_kernel, 64, 64), "sm_90")
+    code = offline.compiled(one)
+    assert code.scratch == 0 and offline.faults(one, dataclasses.replace(code, scratch=64)) == ["allocates 64 bytes"]
+
+
 def test_accesses_are_told_apart():
     llir = """
 define ptx_kernel void @f(ptr addrspace(1) %0, ptr addrspace(1) %1, i32 %2, ptr addrspace(1) readonly %3) {

@@ -99,11 +99,18 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
             ("batch_norm", ("bn_act", "bn_act_backward")),
             ("elementwise", ("add_act", "add_act_backward")),
             ("join", ("bn_add_bn_act", "bn_add_bn_act_backward")),
-            ("pool", ("bn_act_maxpool", "bn_act_maxpool_backward")),
             ("convolution_ops", ("conv_bias_act",)),
         )
         for op in ops
     },
+    ("bn_act_maxpool", "cuda"): [
+        _triton("bn_act_maxpool", "pool", triton.bn_act_maxpool_why_not),
+        _reference("bn_act_maxpool"),
+    ],
+    ("bn_act_maxpool_backward", "cuda"): [
+        _triton("bn_act_maxpool_backward", "pool", triton.bn_act_maxpool_backward_why_not),
+        _reference("bn_act_maxpool_backward"),
+    ],
     ("conv1x1_bn_act", "cuda"): [
         _triton("conv1x1_bn_act", "algebraic", triton.conv1x1_bn_act_why_not),
         _reference("conv1x1_bn_act"),
