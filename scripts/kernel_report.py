@@ -12,7 +12,10 @@ matrix instructions, too much shared memory.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -36,6 +39,7 @@ from fastres.kernels.triton import (  # noqa: E402
     operands,
     pool,
     statistics,
+    tuning,
 )
 from fastres.kernels.triton.record import Launch, recording  # noqa: E402
 
@@ -140,16 +144,36 @@ LAUNCHERS: dict[str, Callable[[Layer, int, torch.dtype], None]] = {
 }
 
 
+def layers_of(depths: Iterable[int]) -> list[Layer]:
+    """The layers of these networks, each once."""
+    return list(dict.fromkeys(layer for depth in depths for layer in layers(depth)))
+
+
 def launches(
     names: Iterable[str], depths: Iterable[int] = DEPTHS, batch: int = BATCH, dtypes: Iterable[str] = tuple(DTYPES)
 ) -> list[Launch]:
     """All launches of these launchers over the layers of these networks."""
-    table = dict.fromkeys(layer for depth in depths for layer in layers(depth))
     with recording() as found:
-        for name in names:
-            for dtype in dtypes:
-                for layer in table:
-                    LAUNCHERS[name](layer, batch, DTYPES[dtype])
+        for name, dtype, layer in itertools.product(names, dtypes, layers_of(depths)):
+            LAUNCHERS[name](layer, batch, DTYPES[dtype])
+    return found
+
+
+def candidates(names: Iterable[str], table: Iterable[Layer], batch: int, dtypes: Iterable[str]) -> list[Launch]:
+    """The launches of everything that tuning.tune() may choose at these layers."""
+    found: list[Launch] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, dtype, layer in itertools.product(names, dtypes, table):
+            launch = functools.partial(LAUNCHERS[name], layer, batch, DTYPES[dtype])
+
+            def keep(run: Callable[[], object]) -> float:
+                with recording() as some:
+                    run()
+                found.extend(some)
+                return 0.0
+
+            with recording():
+                tuning.tune(launch, Path(folder) / "choices.json", keep)
     return found
 
 
@@ -219,8 +243,14 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--depths", nargs="+", type=int, default=list(DEPTHS), help="of the ResNets")
     parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument(
+        "--candidates", action="store_true", help="what tuning may choose too, in the place of the rest"
+    )
     chosen = parser.parse_args()
-    found = launches(chosen.launchers, chosen.depths, chosen.batch, chosen.dtypes)
+    if chosen.candidates:
+        found = candidates(chosen.launchers, layers_of(chosen.depths), chosen.batch, chosen.dtypes)
+    else:
+        found = launches(chosen.launchers, chosen.depths, chosen.batch, chosen.dtypes)
     found = [launch for launch in found if chosen.kernel in launch.name]
     if not found:
         sys.exit(f"no kernel has {chosen.kernel!r} in its name")

@@ -142,3 +142,15 @@ def test_convolution(case, dtype):
         assert ours.stride() == witness.stride()
     true_var, true_mean = torch.var_mean(behind.double(), (0, 2, 3), correction=0)
     assert relative_error(mean, true_mean) < 1e-6 and relative_error(var, true_var) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@dtypes
+def test_what_is_not_finite_reaches_what_it_reaches_in_eager(dtype):
+    x, weight = activation(1, 17, 9, 10, dtype), (torch.randn(19, 17, 3, 3) / 12).to(DEVICE, dtype)
+    x[0, 3, 0, 0], x[0, 4, 8, 9], x[0, 5, 4, 4] = float("nan"), float("inf"), float("-inf")
+    options = {"stride": (1, 2), "padding": (1, 0)}
+    with running():
+        y, *_ = convolution_forward(x, weight, relu=True, **options)
+    want = F.relu(F.conv2d(x.double(), weight.double(), **options))
+    assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf())
