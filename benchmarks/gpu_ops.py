@@ -69,7 +69,8 @@ class Case:
     """An op in one direction at one shape.
 
     Attributes:
-        op: "bn_act", "bn_add_act" (with a residual), "add_act", "bn_act_maxpool".
+        op: "bn_act", "bn_add_act" (with a residual), "bn_add_bn_act" (with a residual behind a batch norm of its own),
+            "add_act", "bn_act_maxpool".
         mode: "forward" and "backward" of training, "eval".
         shape: C, H, W.
         counts: how often it occurs in each network.
@@ -89,11 +90,13 @@ class Case:
 
         Training forward reads x for the statistics and again to apply them; backward reads x and the gradient for the
         sums and again for the result. With a residual it writes the gradient behind the ReLU, which is the residual's,
-        and reads it back in place of the gradient and the mask.
+        and reads it back in place of the gradient and the mask. With two batch norms it reads all of them twice.
         """
         c, h, w = self.shape
         values = batch * c * h * w
-        mask = values // 8 if self.op == "bn_add_act" and self.mode != "eval" else 0
+        mask = values // 8 if self.op in ("bn_add_act", "bn_add_bn_act") and self.mode != "eval" else 0
+        if (self.op, self.mode) == ("bn_add_bn_act", "backward"):
+            mask *= 2
         if self.op == "bn_act_maxpool":  # a quarter of the values is left, with a byte for the place of each
             pooled = values // 4
             index = 0 if self.mode == "eval" else pooled
@@ -102,6 +105,7 @@ class Case:
         passes = {
             "bn_act": {"forward": 3, "backward": 5, "eval": 2},
             "bn_add_act": {"forward": 4, "backward": 6, "eval": 3},
+            "bn_add_bn_act": {"forward": 5, "backward": 8},
             "add_act": {"forward": 3, "backward": 3},
         }
         return passes[self.op][self.mode] * values * itemsize + mask
@@ -113,6 +117,7 @@ def cases() -> Iterator[Case]:
     for op, then, directions in (
         ("bn_act", "bn_relu", modes),
         ("bn_add_act", "bn_add_relu", modes),
+        ("bn_add_bn_act", "bn", modes[:2]),
         ("add_act", "bn_add_relu", modes[:2]),
         ("bn_act_maxpool", "bn_relu_maxpool", modes),
     ):
@@ -129,6 +134,8 @@ def _eager(op: str, training: bool, x: Tensor, mean: Any, var: Any, weight: Any,
     if op == "add_act":
         return F.relu_(x + residual)
     y = F.batch_norm(x, mean, var, weight, bias, training)
+    if op == "bn_add_bn_act":
+        residual = F.batch_norm(residual, None, None, weight, bias, training)
     if residual is not None:
         y += residual
     y = F.relu_(y)
@@ -140,6 +147,9 @@ def _fused(op: str, training: bool, x: Tensor, mean: Any, var: Any, weight: Any,
         return functional.add_act(x, residual)
     if op == "bn_act_maxpool":
         return functional.bn_act_maxpool(x, mean, var, weight, bias, training=training)
+    if op == "bn_add_bn_act":
+        norms = (functional.BatchNorm(*running, weight, bias, training) for running in ((mean, var), (None, None)))
+        return functional.bn_add_bn_act(x, next(norms), residual, next(norms))
     return functional.bn_act(x, mean, var, weight, bias, residual, training=training)
 
 
@@ -155,7 +165,8 @@ class Operands:
             return x.contiguous(memory_format=torch.channels_last).requires_grad_(training)
 
         self.x = [activation() for _ in range(sets)]
-        self.residual = [activation() if case.op in ("bn_add_act", "add_act") else None for _ in range(sets)]
+        adds = "add" in case.op
+        self.residual = [activation() if adds else None for _ in range(sets)]
         self.statistics = torch.zeros(c, device=device), torch.ones(c, device=device)
         self.affine = [torch.rand(c, device=device).requires_grad_(training) for _ in range(2)]
         self.normalises = case.normalises
@@ -251,7 +262,7 @@ def totals(table: dict[str, Any]) -> list[dict[str, Any]]:
     """For each network and mode the seconds of all its ops together, by contender; where every case has a time."""
     found: dict[tuple[str, str], dict[str, float | None]] = {}
     for one in table["rows"]:
-        if one["op"] == "add_act":  # what bn_add_act does, in a network whose convolution ends with batch norm
+        if one["op"] in ("add_act", "bn_add_bn_act"):  # in bn_add_act's place: other networks, some blocks
             continue
         for network, count in one["counts"].items():
             sums = found.setdefault((network, one["mode"]), dict.fromkeys(PROVIDERS, 0.0))

@@ -15,6 +15,7 @@ _TEXT, _OURS, _OTHER, _LAGGING = "#20262c", "#1b7f5c", "#8a8f98", "#d1603d"
 _STYLES = {  # of kernels in the roofline
     "bn_act": (_OURS, "o"),
     "bn_add_act": (_OURS, "s"),
+    "bn_add_bn_act": (_OURS, "P"),
     "add_act": (_OURS, "^"),
     "bn_act_maxpool": (_OURS, "D"),
     "forward": ("#3b6fb6", "o"),
@@ -81,7 +82,7 @@ def roofline(units: dict[str, Any], path: Path) -> bool:
                 points.setdefault(one["op"], []).append((intensity, intensity * one["bandwidth"]))
     for name, places in points.items():
         color, marker = _STYLES[name]
-        label = name if name in ("bn_act", "bn_add_act", "add_act", "bn_act_maxpool") else f"convolution, {name}"
+        label = name if "_act" in name else f"convolution, {name}"
         axis.scatter(*zip(*places, strict=True), color=color, marker=marker, s=26, alpha=0.75, label=label)
     axis.set_xscale("log")
     axis.set_yscale("log")

@@ -93,7 +93,34 @@ class Convolution:
                 self.grad[i], self.weight, self.x[i].shape, **options
             )
             found["ours grad_weight"] = lambda i: kernels.conv1x1_grad_weight(self.grad[i], self.x[i], **options)
+            found |= self._calls_behind_a_batch_norm(kernels, options)
         return found
+
+    def _calls_behind_a_batch_norm(self, kernels: Any, options: dict[str, Any]) -> dict[str, Call]:
+        """The gradients from that of a batch norm's output, whose own gradient has no pass then: worth it if both
+        together take less time more than "bn backward" takes more than "bn sums"."""
+        batch_norm, operands = (
+            importlib.import_module(f"fastres.kernels.triton.{name}") for name in ("batch_norm", "operands")
+        )
+        k, device = self.shape.k, self.weight.device
+        vector, double = torch.ones(k, device=device), torch.ones(k, device=device, dtype=torch.float64)
+        norm = (vector, vector, double, double)
+
+        def sums(i: int) -> Any:
+            return operands.norm_gradient_of(self.grad[i], self.residual[i], *norm, True, 1e-5, True)
+
+        behind = [sums(i)[0] for i in range(self.sets)]
+        mode = (None, True, 1e-5, True, True, True, False)
+        return {
+            "bn sums": sums,
+            "bn backward": lambda i: batch_norm.bn_act_backward(self.grad[i], self.residual[i], *norm, *mode),
+            "ours grad_input behind bn": lambda i: kernels.conv1x1_grad_input(
+                self.grad[i], self.weight, self.x[i].shape, behind=behind[i], **options
+            ),
+            "ours grad_weight behind bn": lambda i: kernels.conv1x1_grad_weight(
+                self.grad[i], self.x[i], behind=behind[i], **options
+            ),
+        }
 
 
 def convolutions(

@@ -134,14 +134,14 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: 
     return x.shape[0], k, out_h, out_w
 
 
-def check_residual(residual: Tensor | None, shape: Sequence[int], x: Tensor) -> None:
+def check_residual(residual: Tensor | None, shape: Sequence[int], x: Tensor, name: str = "residual") -> None:
     if residual is None:
         return
     if tuple(residual.shape) != tuple(shape):
-        raise RuntimeError(f"residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}")
+        raise RuntimeError(f"{name} must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}")
     if residual.device != x.device:
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but x is on {x.device} and residual on {residual.device}"
+            f"Expected all tensors to be on the same device, but x is on {x.device} and {name} on {residual.device}"
         )
     if residual.dtype is not x.dtype and not registration.autocast_enabled(x.device.type):
-        raise RuntimeError(f"residual must have the input's dtype {x.dtype}, got {residual.dtype}")
+        raise RuntimeError(f"{name} must have the input's dtype {x.dtype}, got {residual.dtype}")

@@ -9,7 +9,7 @@ shapes, dtypes or devices that do not fit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,80 @@ def bn_act(
         )
     _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
     return y
+
+
+class BatchNorm(NamedTuple):
+    """What a batch norm takes besides its input: as the arguments of :func:`bn_act` of the same names."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+    num_batches_tracked: Tensor | None = None
+
+
+def bn_add_bn_act(x: Tensor, norm: BatchNorm, other: Tensor, other_norm: BatchNorm, *, act: str = "relu") -> Tensor:
+    """act(norm(x) + other_norm(other)): the end of a residual block with a projection, in one pass over both branches.
+
+    Where no kernel has that, in two: act(norm(x) + residual) with residual = other_norm(other), by :func:`bn_act`.
+
+    Args:
+        x, other: [N, C, H, W] of one shape and dtype.
+        norm, other_norm: their batch norms; the running statistics of either are updated in place once if it trains,
+            the other's first.
+
+    Returns:
+        [N, C, H, W] in x's dtype and layout.
+    """
+    relu = arguments.relu(act)
+    for values, one in ((x, norm), (other, other_norm)):
+        arguments.check_input(values)
+        arguments.check_batch_norm(values, x.shape[1], *one[:4], one.training, one.eps)
+        if one.training:
+            arguments.check_values_per_channel(values.shape)
+    arguments.check_residual(other, x.shape, x, "other")
+    if not table.fused_kernel_serves("bn_add_bn_act", (x,)):
+        residual = _bn_act(other, other_norm, None, "identity")
+        return _bn_act(x, norm, residual, act)
+    y, mean, var, other_mean, other_var, _ = ops.bn_add_bn_act.call(
+        x,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        other,
+        other_norm.weight,
+        other_norm.bias,
+        other_norm.running_mean,
+        other_norm.running_var,
+        norm.training,
+        other_norm.training,
+        norm.eps,
+        other_norm.eps,
+        relu,
+        relu and _wants_gradient(x, norm.weight, norm.bias, other, other_norm.weight, other_norm.bias),
+    )
+    count = x.numel() // max(x.shape[1], 1)
+    for one, statistics in ((other_norm, (other_mean, other_var)), (norm, (mean, var))):
+        running = (one.running_mean, one.running_var)
+        _update(*running, *statistics, one.num_batches_tracked, one.momentum, one.training, count)
+    return y
+
+
+def _bn_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, act: str) -> Tensor:
+    return bn_act(
+        x,
+        *norm[:4],
+        residual,
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
+        act=act,
+        num_batches_tracked=norm.num_batches_tracked,
+    )
 
 
 def add_act(x: Tensor, residual: Tensor, *, act: str = "relu") -> Tensor:
@@ -163,7 +237,7 @@ def conv_bn_act(
         folded = fold(conv_weight, conv_bias, running_mean, running_var, weight, bias, eps)
         return ops.conv_bias_act.call(x, *folded, residual, *geometry, relu)
     count = shape[0] * shape[2] * shape[3]
-    algebraic = gradient and _algebraic(x, conv_weight, conv_bias, geometry)
+    algebraic = gradient and algebraic(x, conv_weight, conv_bias, geometry)
     save_mask = gradient and relu and residual is not None
     affine = (weight, bias)
     if group is not None and algebraic:
@@ -261,8 +335,8 @@ def fold(
     return (conv_weight * scale.reshape(-1, 1, 1, 1)).to(dtype), shift.to(dtype)
 
 
-def _algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometry: tuple) -> bool:
-    """Whether conv1x1_bn_act serves this convolution: a 1x1 that expands to four times the channels or more, and has
+def algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometry: tuple) -> bool:
+    """Whether conv1x1_bn_act serves this convolution in training: a 1x1 that expands to four times the channels or more, and has
     so many pixels that products over channels alone cost little beside those over pixels. On CPUs its products are
     fp32, so half precision is left to oneDNN where that is faster."""
     k, c, r, s = conv_weight.shape

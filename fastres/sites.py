@@ -204,7 +204,7 @@ def stem(block: nn.Module, x: Tensor, conv: Any, bn: Any, relu: Any, maxpool: An
     children = {"conv": conv, "bn": bn, "relu": relu, "maxpool": maxpool}
     if _input_blocked(x) or _children_blocked(x, children) or bn.training:
         return None
-    if torch.is_grad_enabled() and _wants_gradient(conv, bn, x, None):
+    if torch.is_grad_enabled() and wants_gradient(conv, bn, x, None):
         return None
     kept = folding.folded(conv, bn, x)
     if kept is None or not isinstance(kept[0], convolution_kernel.Packed):
@@ -224,7 +224,7 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """conv(x): in inference with packed weights, else conv_bias_act; the module itself where that is not legal."""
     if _input_blocked(x) or _children_blocked(x, {"conv": conv}) or x.dtype is torch.float64:
         return conv(x)
-    if not (torch.is_grad_enabled() and _wants_gradient(conv, None, x, None)) and (
+    if not (torch.is_grad_enabled() and wants_gradient(conv, None, x, None)) and (
         kept := folding.folded(conv, None, x)
     ):
         y = kept[0](x, None, False)
@@ -296,7 +296,7 @@ def conv_bn_act(
 ) -> Tensor:
     """act(bn(conv(x)) + residual): in inference one convolution with folded, packed weights, else conv_bn_act.
     recompute, for results that do not leave the block, and fork: as in fastres.functional.conv_bn_act."""
-    if not bn.training and not (torch.is_grad_enabled() and _wants_gradient(conv, bn, x, residual)):
+    if not bn.training and not (torch.is_grad_enabled() and wants_gradient(conv, bn, x, residual)):
         kept = folding.folded(conv, bn, x)
         if kept is not None and (residual is None or _fits(residual, kept[1], x)):
             if fork is not None:
@@ -342,6 +342,7 @@ def _add_separately(y: Tensor, residual: Any, act: str) -> Tensor:
     return y.relu() if act == "relu" else y
 
 
-def _wants_gradient(conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor, residual: Tensor | None) -> bool:
+def wants_gradient(conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether act(bn(conv(x)) + residual) has a gradient, if gradients are recorded."""
     tensors = (x, residual, conv.weight, conv.bias, *((bn.weight, bn.bias) if bn is not None else ()))
     return any(t is not None and t.requires_grad for t in tensors)

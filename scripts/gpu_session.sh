@@ -26,8 +26,8 @@ if [ "$tests" -gt 0 ]; then
   many=$("$python" -c "import xdist" 2>/dev/null && echo "-n 8")
   test_with() { timeout -s INT -k 10 "$1" "$python" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider "${@:2}"; }
   {
-    # Not what compiles for other GPUs: that needs none.
-    test_with $((tests * 2 / 3)) $many $(ls tests/test_triton_*.py | grep -v compile) || status=1
+    # Not what needs none: what compiles for other GPUs, and what follows addresses and launches.
+    test_with $((tests * 2 / 3)) $many $(ls tests/test_triton_*.py | grep -Ev 'compile|addresses|launch') || status=1
     test_with $((tests - SECONDS > 30 ? tests - SECONDS : 30)) tests/test_gpu.py || status=1
   } >"$out/tests.log" 2>&1
   grep -E '^(FAILED|ERROR|[0-9]+ (passed|failed)|=+ .*(passed|failed|error))' "$out/tests.log" | tail -n 40

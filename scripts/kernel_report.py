@@ -12,7 +12,10 @@ matrix instructions, too much shared memory.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,10 +34,12 @@ from fastres.kernels.triton import (  # noqa: E402
     convolution,
     elementwise,
     implicit,
+    join,
     offline,
     operands,
     pool,
     statistics,
+    tuning,
 )
 from fastres.kernels.triton.record import Launch, recording  # noqa: E402
 
@@ -67,6 +72,19 @@ def additions(layer: Layer, batch: int, dtype: torch.dtype) -> None:
     if layer.then == "bn_add_relu":
         x = meta(batch, *layer.out, dtype=dtype)
         elementwise.add_act_backward(x, elementwise.add_act(x, x, True))
+
+
+def joins(layer: Layer, batch: int, dtype: torch.dtype) -> None:
+    """bn_add_bn_act behind the last convolution of a block and that of its shortcut: training, and frozen."""
+    if layer.then == "bn":
+        x, c = meta(batch, *layer.out, dtype=dtype), meta(layer.k)
+        for training in (True, False):
+            branch = (x, c, c, c, c)
+            y, mean, var, other_mean, other_var, mask = join.bn_add_bn_act(
+                *branch, *branch, training, training, 1e-5, 1e-5, True, True
+            )
+            saved = (mean, var, x, c, other_mean, other_var, mask)
+            join.bn_add_bn_act_backward(y, x, c, *saved, training, training, 1e-5, 1e-5, True, True, True, True)
 
 
 def pools(layer: Layer, batch: int, dtype: torch.dtype) -> None:
@@ -104,6 +122,12 @@ def convolutions(layer: Layer, batch: int, dtype: torch.dtype) -> None:
         convolution.conv1x1_forward(x, weight, stride=stride, norm=norm, statistics=True)
         convolution.conv1x1_grad_input(y, weight, x.shape, stride=stride)
         convolution.conv1x1_grad_weight(y, x, stride=stride, norm=norm)
+        k, options = meta(layer.k), (True, 1e-5, layer.then != "bn")
+        behind, *_ = operands.norm_gradient_of(y, y, k, k, k.double(), k.double(), *options)
+        convolution.conv1x1_grad_input(y, weight, x.shape, stride=stride, behind=behind)
+        # A shortcut with a stride reads the block's input, which no batch norm stands before.
+        before = norm if layer.stride == 1 else None
+        convolution.conv1x1_grad_weight(y, x, stride=stride, norm=before, behind=behind)
     else:
         padding = (layer.r // 2, layer.r // 2)
         implicit.convolution_forward(x, weight, stride=stride, padding=padding, norm=norm, statistics=True)
@@ -113,22 +137,43 @@ def convolutions(layer: Layer, batch: int, dtype: torch.dtype) -> None:
 LAUNCHERS: dict[str, Callable[[Layer, int, torch.dtype], None]] = {
     "batch_norm": batch_norms,
     "elementwise": additions,
+    "join": joins,
     "pool": pools,
     "algebraic": expansions,
     "convolution": convolutions,
 }
 
 
+def layers_of(depths: Iterable[int]) -> list[Layer]:
+    """The layers of these networks, each once."""
+    return list(dict.fromkeys(layer for depth in depths for layer in layers(depth)))
+
+
 def launches(
     names: Iterable[str], depths: Iterable[int] = DEPTHS, batch: int = BATCH, dtypes: Iterable[str] = tuple(DTYPES)
 ) -> list[Launch]:
     """All launches of these launchers over the layers of these networks."""
-    table = dict.fromkeys(layer for depth in depths for layer in layers(depth))
     with recording() as found:
-        for name in names:
-            for dtype in dtypes:
-                for layer in table:
-                    LAUNCHERS[name](layer, batch, DTYPES[dtype])
+        for name, dtype, layer in itertools.product(names, dtypes, layers_of(depths)):
+            LAUNCHERS[name](layer, batch, DTYPES[dtype])
+    return found
+
+
+def candidates(names: Iterable[str], table: Iterable[Layer], batch: int, dtypes: Iterable[str]) -> list[Launch]:
+    """The launches of everything that tuning.tune() may choose at these layers."""
+    found: list[Launch] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, dtype, layer in itertools.product(names, dtypes, table):
+            launch = functools.partial(LAUNCHERS[name], layer, batch, DTYPES[dtype])
+
+            def keep(run: Callable[[], object]) -> float:
+                with recording() as some:
+                    run()
+                found.extend(some)
+                return 0.0
+
+            with recording():
+                tuning.tune(launch, Path(folder) / "choices.json", keep)
     return found
 
 
@@ -198,8 +243,14 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--depths", nargs="+", type=int, default=list(DEPTHS), help="of the ResNets")
     parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument(
+        "--candidates", action="store_true", help="what tuning may choose too, in the place of the rest"
+    )
     chosen = parser.parse_args()
-    found = launches(chosen.launchers, chosen.depths, chosen.batch, chosen.dtypes)
+    if chosen.candidates:
+        found = candidates(chosen.launchers, layers_of(chosen.depths), chosen.batch, chosen.dtypes)
+    else:
+        found = launches(chosen.launchers, chosen.depths, chosen.batch, chosen.dtypes)
     found = [launch for launch in found if chosen.kernel in launch.name]
     if not found:
         sys.exit(f"no kernel has {chosen.kernel!r} in its name")

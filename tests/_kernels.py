@@ -76,6 +76,24 @@ def check_add_act(case: Case, relu: bool) -> None:
     assert_parity(got, run(eager, torch.float64), run(eager, case.dtype), case.dtype, ["y", "grad_x", "grad_residual"])
 
 
+def check_nan_and_inf_of_two_branches(dtype: torch.dtype, layout: str) -> None:
+    x, other = (torch.randn(2, 20, 6, 6) for _ in range(2))
+    x[0, 3, 1, 1], x[1, 5, 2, 2], other[1, 18, 0, 0], other[0, 7, 3, 3] = (
+        float(v) for v in ("nan", "inf", "-inf", "nan")
+    )
+    x, other = (t.to(dtype).contiguous(memory_format=LAYOUTS[layout]).requires_grad_() for t in (x, other))
+    grad_y = torch.ones_like(x)
+    for training in ((True, True), (True, False), (False, False)):
+        norms = [
+            functional.BatchNorm(torch.zeros(20), torch.ones(20), training=mode) for mode in (*training, *training)
+        ]
+        want = F.relu(F.batch_norm(x, *norms[0][:5]) + F.batch_norm(other, *norms[1][:5]))
+        got = functional.bn_add_bn_act(x, norms[2], other, norms[3])
+        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
+        for g, w in zip(*(torch.autograd.grad(y, (x, other), grad_y) for y in (got, want)), strict=True):
+            assert torch.equal(g.isnan(), w.isnan())
+
+
 def check_bn_act_maxpool(case: Case, pool: tuple[int, int, int], training: bool, relu: bool) -> None:
     weight, bias, mean, var = per_channel(case.shape[1])
     # Few different values: ties within a window are common, and have to go to the same element as in eager.
@@ -106,6 +124,35 @@ def check_bn_act_maxpool(case: Case, pool: tuple[int, int, int], training: bool,
     witness = run(eager, case.dtype)
     assert got[0].stride() == witness[0].stride()
     names = ["y", "grad_x", "grad_weight", "grad_bias", "running_mean", "running_var"]
+    assert_parity(got, run(eager, torch.float64), witness, case.dtype, names)
+
+
+def check_bn_add_bn_act(case: Case, training: tuple[bool, bool], relu: bool, *, other_layout: str = "") -> None:
+    """training: of either branch. other_layout: of the second branch, if it is not the case's."""
+    channels = case.shape[1]
+    parameters = [per_channel(channels) for _ in range(2)]
+    x, other, grad_y = case.tensor(mean=0.3, std=1.5), case.tensor(mean=-0.2), case.tensor()
+    other = other.contiguous(memory_format=LAYOUTS[other_layout or case.layout])
+
+    def run(function, dtype):
+        exact = torch.float64 if dtype is torch.float64 else torch.float32
+        branches = [t.detach().to(dtype).requires_grad_() for t in (x, other)]
+        affine = [[t.clone().to(exact).requires_grad_() for t in (w, b)] for w, b, _, _ in parameters]
+        running = [[t.clone().to(exact) for t in (mean, var)] for _, _, mean, var in parameters]
+        norms = [functional.BatchNorm(*r, *a, mode) for r, a, mode in zip(running, affine, training, strict=True)]
+        y = function(branches[0], norms[0], branches[1], norms[1])
+        inputs = [t for branch, two in zip(branches, affine, strict=True) for t in (branch, *two)]
+        return [y, *torch.autograd.grad(y, inputs, grad_y.to(dtype)), *running[0], *running[1]]
+
+    def eager(x, norm, other, other_norm):
+        y = F.batch_norm(x, *norm[:5]) + F.batch_norm(other, *other_norm[:5])
+        return F.relu(y) if relu else y
+
+    got = run(lambda *args: functional.bn_add_bn_act(*args, act="relu" if relu else "identity"), case.dtype)
+    witness = run(eager, case.dtype)
+    if not other_layout:
+        assert got[0].stride() == witness[0].stride()
+    names = ["y", *(["grad_x", "grad_weight", "grad_bias"] * 2), *(["running_mean", "running_var"] * 2)]
     assert_parity(got, run(eager, torch.float64), witness, case.dtype, names)
 
 

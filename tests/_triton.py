@@ -102,6 +102,18 @@ def _interpret(kernel: Any, grid: tuple[int, ...], options: dict[str, int], argu
 
 
 @contextmanager
+def interpretable(kernel: Any, arguments: dict[str, Any]) -> Iterator[Callable[[], None]]:
+    """Inside interpreting(): one program of a kernel as a function; interpreter_builder says which."""
+    scope = interpreter._patch_lang(_LANGUAGE)
+    try:
+        constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+        values = {name: v if name in constants else interpreter._implicit_cvt(v) for name, v in arguments.items()}
+        yield functools.partial(_interpreted(kernel.fn).rewrite(), **values)
+    finally:
+        scope.restore()
+
+
+@contextmanager
 def interpreting() -> Iterator[None]:
     """All launches in this context are checked (record.py), then interpreted."""
     with pytest.MonkeyPatch.context() as patched, launching.launching(_interpret):
@@ -123,10 +135,17 @@ def running() -> AbstractContextManager[None]:
 
 
 @contextmanager
+def serving(device_type: str) -> Iterator[None]:
+    """In this context Triton's kernels serve the ops on such devices, and no others."""
+    with pytest.MonkeyPatch.context() as patched, fastres.use_kernels("triton"):
+        for (op, device), row in [*table.TABLE.items()]:
+            if device == "cuda":
+                patched.setitem(table.TABLE, (op, device_type), row)
+        yield
+
+
+@contextmanager
 def triton_kernels() -> Iterator[None]:
     """In this context Triton's kernels serve the ops, and no others; tensors are made on DEVICE."""
-    with pytest.MonkeyPatch.context() as patched, fastres.use_kernels("triton"), DEVICE, running():
-        for (op, device_type), row in [*table.TABLE.items()]:
-            if device_type == "cuda":
-                patched.setitem(table.TABLE, (op, DEVICE.type), row)
+    with serving(DEVICE.type), DEVICE, running():
         yield

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastres import images
+from fastres import images, reference
 from fastres.bench import harness, table
 from fastres.errors import UserError
 
@@ -48,6 +48,8 @@ def test_bytes_of_the_ops() -> None:
     assert moved["bn_act", "eval"] == 2 * x and moved["bn_add_act", "eval"] == 3 * x
     assert moved["bn_add_act", "forward"] == 4 * x + values // 8
     assert moved["bn_add_act", "backward"] == 6 * x + values // 8
+    assert moved["bn_add_bn_act", "forward"] == 5 * x + values // 8
+    assert moved["bn_add_bn_act", "backward"] == 8 * x + 2 * (values // 8)
     assert moved["add_act", "forward"] == moved["add_act", "backward"] == 3 * x
     assert moved["bn_act_maxpool", "forward"] == 2 * x + x // 4 + values // 4
     assert moved["bn_act_maxpool", "backward"] == 3 * x + 2 * (x // 4 + values // 4)
@@ -56,10 +58,13 @@ def test_bytes_of_the_ops() -> None:
 
 def test_cases_are_the_activations_of_both_networks() -> None:
     found = [case for case in gpu_ops.cases() if case.mode == "forward"]
-    norms = {
-        name: sum(case.counts.get(name, 0) for case in found if case.normalises) for name in ("resnet50", "resnet18")
-    }
+    norms, pairs = {"resnet50": 0, "resnet18": 0}, {"resnet50": 0, "resnet18": 0}
+    for case in found:
+        for name, count in case.counts.items():
+            norms[name] += count * (case.normalises and case.op != "bn_add_bn_act")
+            pairs[name] += count * (case.op == "bn_add_bn_act")
     assert norms == {"resnet50": 53 - 4, "resnet18": 20 - 3}  # all but the shortcuts', which have no ReLU
+    assert pairs == {"resnet50": 4, "resnet18": 3}
     assert max(case.shape[0] for case in found) == 2048
 
 
@@ -307,9 +312,23 @@ def test_our_products_compute_what_cudnn_computes(r: int, stride: int) -> None:
         "grad_input": theirs["grad_input"](0)[0],
         "grad_weight": theirs["grad_weight"](0)[1],
     }
+    # Behind a batch norm with ones for weight, bias, mean and var, whose input the residual stands for.
+    ones = torch.ones(16)
+    norm = (ones, ones, ones.double(), ones.double(), None, True, 1e-5, True, True, True, False)
+    grad_raw, grad_weight, *_ = reference.bn_act_backward(conv.grad[0], conv.residual[0], *norm)
+    conv.grad, kept = [grad_raw], conv.grad
+    want |= {
+        "bn backward": grad_raw,
+        "bn sums": grad_weight,
+        "grad_input behind bn": theirs["grad_input"](0)[0],
+        "grad_weight behind bn": theirs["grad_weight"](0)[1],
+    }
+    conv.grad = kept
     with interpreting():
         got = {name.removeprefix("ours "): call(0) for name, call in conv.our_calls().items()}
     assert set(got) == (set(want) if r == 1 else {"forward", "with statistics", "add_relu"})
+    if r == 1:
+        got["bn sums"] = got["bn sums"][1]
     for name, found in got.items():
         found = found[0] if isinstance(found, tuple) else found
         torch.testing.assert_close(found, want[name], rtol=1e-3, atol=1e-4, msg=name)
@@ -322,6 +341,9 @@ def test_our_products_compute_what_cudnn_computes(r: int, stride: int) -> None:
         ("nvjet_tst_128x256_64x4_1x2_h_bz_TNT", "convolution"),
         ("void at::native::batch_norm_transform_input_channels_last_kernel<...>", "normalise"),
         ("reduce_gradient_kernel", "normalise"),
+        ("apply_pooled_gradient_kernel", "normalise"),
+        ("apply_join_gradient_kernel", "normalise"),
+        ("join_kernel", "normalise"),
         ("apply_kernel", "normalise"),
         ("row_product_kernel", "convolution"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...>", "optimizer"),

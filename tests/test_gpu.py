@@ -196,6 +196,8 @@ def bn_act_of(x, seed=0):
     running = [torch.zeros(c, device=x.device), torch.ones(c, device=x.device)]
     x = x.detach().requires_grad_()
     y = functional.bn_act(x, *running, weight, bias, x.detach(), training=True)
+    norm = functional.BatchNorm(*running, weight, bias, training=True)
+    y = functional.bn_add_bn_act(y, norm, x.detach() * 2, norm)
     z = functional.bn_act_maxpool(functional.add_act(y, x), *running, weight, bias, training=True)
     return [y, z, *torch.autograd.grad(z, [x, weight, bias], torch.ones_like(z)), *running]
 
@@ -297,3 +299,23 @@ def test_bn_act_of_more_than_2_to_31_values(large, layout):
         assert relative_error(grad_x[part], truth) < budget(0.0, torch.bfloat16)
     keep = unpack_mask(mask[-bytes_:], y[-LAST:].shape, is_channels_last(y))
     assert torch.equal(keep, y[-LAST:] > 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bn_add_bn_act_of_more_than_2_to_31_values(large, layout):
+    x, other = large(layout), large(layout)
+    weight, bias = (torch.rand(LARGE[1], device=DEVICE) + 0.5 for _ in range(2))
+    mean, var = x[:LAST].double().mean((0, 2, 3)), torch.full((LARGE[1],), 2.0, device=DEVICE)
+    affine, mode, bytes_ = (weight, bias, mean, var), (False, False, 1e-5, 1e-5), mask_bytes(x) // LARGE[0] * LAST
+    parts = ((slice(0, LAST), slice(0, bytes_)), (slice(-LAST, None), slice(-bytes_, None)))
+    forward, backward = torch.ops.fastres.bn_add_bn_act, torch.ops.fastres.bn_add_bn_act_backward
+    y, mean, var, _, _, mask = forward(x, *affine, other, *affine, *mode, True, True)
+    for part, bits in parts:
+        some = forward(x[part], *affine, other[part], *affine, *mode, True, True)
+        assert torch.equal(y[part], some[0]) and torch.equal(mask[bits], some[5])
+    branches, need = (x, weight, mean, var, other, weight, mean, var), (True, False, True, False)
+    grad_x, _, _, grad_other, _, _ = backward(y, *branches, mask, *mode, *need)
+    for part, bits in parts:
+        some = (t[part] if t.dim() == 4 else t for t in branches)
+        want = backward(y[part], *some, mask[bits], *mode, *need)
+        assert torch.equal(grad_x[part], want[0]) and torch.equal(grad_other[part], want[3])

@@ -40,6 +40,9 @@ def sample_calls(dtype, layout, requires_grad=True):
         yield ops.bn_act, (x, weight, bias, mean, var, residual, training, 1e-5, True, True)
         yield ops.bn_act, (x, None, None, mean, var, residual, training, 1e-5, False, False)
         yield ops.bn_act_maxpool, (x, weight, bias, mean, var, training, 1e-5, True, 3, 2, 1)
+        branches = (x, weight, bias, mean, var, residual, bias, None, var, var)
+        yield ops.bn_add_bn_act, (*branches, training, True, 1e-5, 1e-3, True, True)
+        yield ops.bn_add_bn_act, (*branches, False, training, 1e-5, 1e-3, False, False)
         yield (
             ops.conv_bn_act,
             (x, conv_weight, None, weight, bias, mean, var, residual, *GEOMETRY, training, 1e-5, True, True),
@@ -89,6 +92,11 @@ def test_opcheck_of_backward_and_update():
         opcheck(ops.bn_act_backward, (y, x, weight, bias, m, v, mask, True, 1e-5, True, need, need, True))
     p, m, v, index = ops.bn_act_maxpool(x, weight, bias, mean, var, True, 1e-5, True, 3, 2, 1)
     opcheck(ops.bn_act_maxpool_backward, (p, x, weight, bias, m, v, index, True, 1e-5, True, 3, 2, 1, True, True))
+    branches = (x, weight, bias, mean, var, residual, bias, None, mean, var)
+    y, m, v, other_m, other_v, mask = ops.bn_add_bn_act(*branches, True, True, 1e-5, 1e-3, True, True)
+    for need in (True, False):
+        saved = (x, weight, m, v, residual, bias, other_m, other_v, mask, True, True, 1e-5, 1e-3)
+        opcheck(ops.bn_add_bn_act_backward, (y, *saved, need, True, True, need))
     y, raw, m, v, mask = ops.conv_bn_act(
         x, conv_weight, None, weight, bias, mean, var, residual, *GEOMETRY, True, 1e-5, True, True
     )
@@ -137,6 +145,12 @@ def differentiable_calls():
         yield lambda x, r, o=options: functional.bn_act(x, mean, var, None, None, r, act="identity", **o), (x, residual)
         yield lambda x, w, b, o=options: functional.bn_act_maxpool(x, mean, var, w, b, **o), (x, weight, bias)
         yield (
+            lambda x, w, b, r, t=training: fastres.ops.bn_add_bn_act.call(
+                x, w, b, mean, var, r, b, None, mean, var, True, t, 1e-5, 1e-3, t, t
+            )[0],
+            (x, weight, bias, residual),
+        )
+        yield (
             lambda x, k, w, b, r, o=options: functional.conv_bn_act(x, k, mean, var, w, b, r, padding=1, **o),
             (x, conv_weight, weight, bias, residual),
         )
@@ -150,13 +164,13 @@ def differentiable_calls():
     yield lambda x, k, b, r: functional.conv_bias_act(x, k, b, r, padding=1), (x, conv_weight, conv_bias, residual)
 
 
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(16))
 def test_gradcheck(index):
     function, inputs = list(differentiable_calls())[index]
     assert torch.autograd.gradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(16))
 def test_double_backward(index):
     function, inputs = list(differentiable_calls())[index]
     assert torch.autograd.gradgradcheck(function, inputs)
@@ -298,7 +312,15 @@ def test_gradients_only_where_needed():
 
 def test_running_statistics_are_functions_of_the_schema():
     """Forward ops write nothing; the one op that does says so."""
-    for name in ("bn_act", "conv_bn_act", "conv1x1_bn_act", "bn_act_maxpool", "add_act", "conv_bias_act"):
+    for name in (
+        "bn_act",
+        "bn_add_bn_act",
+        "conv_bn_act",
+        "conv1x1_bn_act",
+        "bn_act_maxpool",
+        "add_act",
+        "conv_bias_act",
+    ):
         assert not getattr(ops, name).default._schema.is_mutable
     assert ops.update_running_stats_.default._schema.is_mutable
 

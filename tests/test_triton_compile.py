@@ -57,6 +57,21 @@ def test_every_kernel_is_in_the_report():
     assert kernels == {one.name for one in LAUNCHES}
 
 
+def test_what_tuning_may_choose_compiles_without_faults():
+    """At the end of a bottleneck; `make kernel-report ARGS=--candidates` does it for all layers and GPUs."""
+    (layer,) = (one for one in kernel_report.layers_of((50,)) if one.name == "2.expand")
+    names = ("statistics_kernel", "apply_kernel", "gram_kernel", "row_product_kernel", "product_kernel")
+    found = kernel_report.candidates(("batch_norm", "algebraic"), [layer], 256, ("bf16",))
+    tiles = {name: set() for name in names}
+    for one in kernel_report.specialisations((one for one in found if one.name in names), ["sm_90"]):
+        blocks = tuple(v for k, v in one.launch.arguments.items() if k.startswith("BLOCK"))
+        if (blocks, one.options["num_stages"]) in tiles[one.launch.name]:
+            continue  # the same tile with other arguments
+        tiles[one.launch.name].add((blocks, one.options["num_stages"]))
+        assert offline.faults(one, offline.compiled(one)) == [], f"{one.launch.name} {blocks}"
+    assert [len(found) for found in tiles.values()] == [3, 3, 4, 5, 5]
+
+
 # What a good kernel looks like, and what is wrong with others
 
 
@@ -189,6 +204,12 @@ def test_too_much_shared_memory_is_found():
     assert offline.faults(one, dataclasses.replace(code, shared=limit)) == []
     faults = offline.faults(one, dataclasses.replace(code, shared=limit + 1))
     assert faults == ["166913 bytes of shared memory, sm_80 has 166912"]
+
+
+def test_an_allocation_is_found():
+    one = offline.specialise(tile_launch(copy_kernel, 64, 64), "sm_90")
+    code = offline.compiled(one)
+    assert code.scratch == 0 and offline.faults(one, dataclasses.replace(code, scratch=64)) == ["allocates 64 bytes"]
 
 
 def test_accesses_are_told_apart():

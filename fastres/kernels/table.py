@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastres import reference, synchronised_reference
+from fastres import reference, reference_join, synchronised_reference
 from fastres.kernels import convolution, cpu, onednn, triton
 
 
@@ -47,7 +47,8 @@ class Kernel:
 
 
 def _reference(op: str) -> Kernel:
-    return Kernel("reference", getattr(reference, op), lambda: None, lambda *args: None)
+    module = reference if hasattr(reference, op) else reference_join
+    return Kernel("reference", getattr(module, op), lambda: None, lambda *args: None)
 
 
 def _cpu(op: str) -> Kernel:
@@ -73,7 +74,8 @@ def _part(name: str, run: Callable[..., Any], why_not: Callable[..., str | None]
     return [Kernel("cpu", run, cpu.unavailable, why_not), reference_part]
 
 
-#: (op, device type) -> kernels, best first. Devices without an entry have the reference only.
+#: (op, device type) -> kernels, best first. Devices without an entry have the reference only; so has bn_add_bn_act on
+#: CPUs, where fastres.functional makes it of two calls of bn_act.
 TABLE: dict[tuple[str, str], list[Kernel]] = {
     **{(op, "cpu"): [_cpu(op), _reference(op)] for op in _BATCH_NORM_OPS},
     ("conv_bn_act", "cpu"): [
@@ -115,11 +117,19 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         for module, ops in (
             ("batch_norm", ("bn_act", "bn_act_backward")),
             ("elementwise", ("add_act", "add_act_backward")),
-            ("pool", ("bn_act_maxpool", "bn_act_maxpool_backward")),
+            ("join", ("bn_add_bn_act", "bn_add_bn_act_backward")),
             ("convolution_ops", ("conv_bias_act",)),
         )
         for op in ops
     },
+    ("bn_act_maxpool", "cuda"): [
+        _triton("bn_act_maxpool", "pool", triton.bn_act_maxpool_why_not),
+        _reference("bn_act_maxpool"),
+    ],
+    ("bn_act_maxpool_backward", "cuda"): [
+        _triton("bn_act_maxpool_backward", "pool", triton.bn_act_maxpool_backward_why_not),
+        _reference("bn_act_maxpool_backward"),
+    ],
     ("conv1x1_bn_act", "cuda"): [
         _triton("conv1x1_bn_act", "algebraic", triton.conv1x1_bn_act_why_not),
         _reference("conv1x1_bn_act"),
@@ -143,6 +153,8 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
 }
 OPS = (
     *_BATCH_NORM_OPS,
+    "bn_add_bn_act",
+    "bn_add_bn_act_backward",
     "conv_bn_act",
     "conv_bn_act_backward",
     "conv1x1_bn_act",

@@ -1,7 +1,7 @@
 """fastres::conv_bias_act: y = act(conv(x, weight) + bias + residual), the inference form of a block once batch norm is
 folded.
 
-Saved for backward: x, weight and, with ReLU, y.
+Saved for backward: x (or what it is made from, see recompute.py), weight and, with ReLU, y.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastres import layout, reference
 from fastres.kernels import convolution
-from fastres.ops import registration
+from fastres.ops import recompute, registration
 
 
 def _fake(
@@ -43,13 +43,13 @@ op = registration.define(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, _, *ctx.geometry, ctx.relu = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight, output if ctx.relu else None)
+    recompute.save(ctx, x, (weight, output if ctx.relu else None))
 
 
 def _backward(
     ctx: Any, grad_y: Tensor, gradients: Callable[..., Sequence[Tensor | None]] = convolution.aten_backward
 ) -> tuple[Any, ...]:
-    x, weight, y = ctx.saved_tensors
+    x, (weight, y) = recompute.saved(ctx)
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     g = grad_y if y is None else torch.where(y <= 0, 0.0, grad_y)
     needed = (need_x, need_weight, need_bias)
@@ -63,7 +63,7 @@ def _backward(
 
 def _eager_backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     """By our own kernels where they served forward, unless the gradients are to be differentiated again."""
-    x, weight, _ = ctx.saved_tensors
+    x, (weight, _) = recompute.saved(ctx)
     own = not torch.is_grad_enabled() and registration.served_by(op, x, weight, None, None, *ctx.geometry, ctx.relu)
     return _backward(ctx, grad_y, convolution.convolve_backward if own == "cpu" else convolution.aten_backward)
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastres import sites
-from fastres.batch_norm import FORWARDS, BatchNorm
+from fastres.batch_norm import BatchNorm
 from fastres.models.cifar import ZeroPadShortcut
+from fastres.recipes import projection
 
 
 class FusedModule:
@@ -32,25 +33,24 @@ class FusedModule:
         return self.unfused_class().__name__  # repr shows the model as the user wrote it
 
 
-def _shortcut(block: Any, x: Tensor) -> Tensor:
-    """downsample(x), fused where it is a plain convolution with batch norm; x where there is none."""
+def _shortcut(block: Any, x: Tensor, found: projection.Projection | None) -> Any:
+    """downsample(x), fused where it is the projection `found`; x where there is none."""
     downsample = block.downsample
     if downsample is None:
         return x
     if type(downsample) is ZeroPadShortcut:
         return sites.zero_pad(downsample, x)
-    if type(downsample) is nn.Sequential and len(downsample) == 2:
-        conv: Any = downsample[0]
-        bn: Any = downsample[1]
-        hooked = downsample._forward_hooks or downsample._forward_pre_hooks or downsample._backward_hooks
-        plain = type(conv) is nn.Conv2d and type(bn) in FORWARDS and not hooked
-        if plain and not downsample._backward_pre_hooks and sites.blocked(downsample, x, conv=conv, bn=bn) is None:
-            return sites.conv_bn_act(conv, bn, x, act="identity")
-    return downsample(x)
+    return downsample(x) if found is None else sites.conv_bn_act(*found, x, act="identity")
 
 
-def _join(conv: nn.Conv2d, bn: BatchNorm, y: Tensor, shortcut: Any) -> Tensor:
-    """relu(bn(conv(y)) + shortcut)."""
+def _end(block: Any, conv: nn.Conv2d, bn: BatchNorm, y: Tensor, x: Tensor) -> Tensor:
+    """relu(bn(conv(y)) + shortcut of x)."""
+    found = projection.of(block, x)
+    if found is not None:
+        joined = projection.join(conv, bn, y, *found, x)
+        if joined is not None:
+            return joined
+    shortcut = _shortcut(block, x, found)
     if shortcut is None:  # a user's downsample may return it; to the function below it would mean that there is none
         y = sites.conv_bn_act(conv, bn, y, act="identity")
         y += shortcut  # type: ignore[arg-type]  # eager's TypeError
@@ -87,7 +87,7 @@ class BasicBlockForward(FusedModule):
         conv1, bn1, _, conv2, bn2 = children.values()
         fork: list[Tensor] = []
         y = sites.conv_bn_act(conv1, bn1, x, act="relu", recompute=True, fork=fork)
-        return _join(conv2, bn2, y, _shortcut(self, fork[0]))
+        return _end(self, conv2, bn2, y, fork[0])
 
 
 class BottleneckForward(FusedModule):
@@ -104,7 +104,7 @@ class BottleneckForward(FusedModule):
         fork: list[Tensor] = []
         y = sites.conv_bn_act(conv1, bn1, x, act="relu", recompute=True, fork=fork)
         y = sites.conv_bn_act(conv2, bn2, y, act="relu", recompute=True)
-        return _join(conv3, bn3, y, _shortcut(self, fork[0]))
+        return _end(self, conv3, bn3, y, fork[0])
 
 
 _FORWARDS = (BasicBlockForward.forward, BottleneckForward.forward, ZeroPadShortcut.forward)

@@ -17,6 +17,8 @@ from fastres import reference
 from fastres.kernels.cpu import conv_bn_act_backward_why_not, conv_bn_act_why_not, why_not
 
 __all__ = [
+    "bn_act_maxpool_backward_why_not",
+    "bn_act_maxpool_why_not",
     "conv1x1_bn_act_backward_why_not",
     "conv1x1_bn_act_why_not",
     "conv_bn_act_backward_why_not",
@@ -35,6 +37,16 @@ def unavailable() -> str | None:
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
     return None
+
+
+def bn_act_maxpool_why_not(x: Tensor, *args: Any) -> str | None:
+    if x.shape[2] * x.shape[3] >= 2**31:  # its kernels count the pixels of an image in 32 bits
+        return "an image of 2^31 pixels or more"
+    return why_not(x)
+
+
+def bn_act_maxpool_backward_why_not(grad_y: Tensor, x: Tensor, *args: Any) -> str | None:
+    return bn_act_maxpool_why_not(x)
 
 
 def conv1x1_bn_act_why_not(x: Tensor, conv_weight: Tensor, *args: Any) -> str | None:

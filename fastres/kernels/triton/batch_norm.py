@@ -15,7 +15,7 @@ from torch import Tensor
 from fastres import layout
 from fastres.kernels.triton.launch import launch
 from fastres.kernels.triton.statistics import COMBINE, combine_grid, moments
-from fastres.kernels.triton.tiles import NUM_WARPS, Rows, load_mask, rows_of, store_mask, tile
+from fastres.kernels.triton.tiles import NUM_WARPS, Rows, load_mask, rows_of, store_mask, tile, tiles_of
 
 #: Where the gradient of a ReLU comes from: there is none, its input is computed again from x, or a mask.
 NO_RELU, RECOMPUTED, MASKED = 0, 1, 2
@@ -68,8 +68,8 @@ def apply_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     near, scale, shift, inverse = coefficients(mean, var, weight, bias, channel, channel < channels, eps)
-    for first in range(program * BLOCK_ROWS, rows, programs * BLOCK_ROWS):
-        row = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_ROWS)
+    for turn in range(program, tiles_of(rows, BLOCK_ROWS), programs):
+        row = tl.cast(turn, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         offset, exists, byte, bit = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
         z = normalise(tl.load(x + offset, exists, other=0.0), near, scale, shift)
         if residual is not None:
@@ -132,8 +132,8 @@ def reduce_gradient_kernel(
     # two rows of a tile, which one thread holds, are summed up at once: sums take half the registers
     sums = tl.zeros((BLOCK_ROWS // 2, BLOCK_CHANNELS), tl.float32)
     products = tl.zeros((BLOCK_ROWS // 2, BLOCK_CHANNELS), tl.float32)
-    for first in range(program * BLOCK_ROWS, rows, programs * BLOCK_ROWS):
-        row = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_ROWS)
+    for turn in range(program, tiles_of(rows, BLOCK_ROWS), programs):
+        row = tl.cast(turn, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         offset, exists, byte, bit = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
         values = tl.load(x + offset, exists, other=0.0).to(tl.float32)
         g = tl.load(grad + offset, exists, other=0.0).to(tl.float32)
@@ -223,7 +223,7 @@ def apply_gradient_kernel(
     factor = tl.load(factors + channel, inside, other=0.0)[None, :]
     constant = tl.load(factors + channels + channel, inside, other=0.0)[None, :]
     slope = tl.load(factors + 2 * channels + channel, inside, other=0.0)[None, :]
-    tiles = tl.cdiv(rows, BLOCK_ROWS)
+    tiles = tiles_of(rows, BLOCK_ROWS)
     for turn in range(program, tiles, programs):
         row = tl.cast(tiles - 1 - turn, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         offset, exists, byte, bit = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
@@ -276,6 +276,28 @@ def bn_act(
         **cut.arguments(),
     )
     return y, mean, var, mask
+
+
+def reduce_gradient(tensors: dict[str, Any], cut: Rows, mode: int, masked: Tensor | None = None) -> Tensor:
+    """What combine_gradient takes.
+
+    Args:
+        tensors: grad, x, mask, mean, var, weight, bias and eps of reduce_gradient_kernel.
+        mode: NO_RELU, RECOMPUTED or MASKED.
+        masked: like x; if given, the gradient behind the ReLU is written to it.
+    """
+    partial = torch.empty((2, cut.programs, cut.channels), dtype=torch.float32, device=tensors["x"].device)
+    launch(
+        reduce_gradient_kernel,
+        cut.grid,
+        num_warps=NUM_WARPS,
+        **tensors,
+        masked=masked,
+        partial=partial,
+        RELU=mode,
+        **cut.arguments(),
+    )
+    return partial
 
 
 def combine_gradient(
@@ -333,17 +355,7 @@ def bn_act_backward(
         "eps": eps,
     }
     mode = MASKED if mask is not None else RECOMPUTED if relu else NO_RELU
-    partial = torch.empty((2, cut.programs, cut.channels), dtype=torch.float32, device=x.device)
-    launch(
-        reduce_gradient_kernel,
-        cut.grid,
-        num_warps=NUM_WARPS,
-        **tensors,
-        masked=masked,
-        partial=partial,
-        RELU=mode,
-        **cut.arguments(),
-    )
+    partial = reduce_gradient(tensors, cut, mode, masked)
     grad_weight, grad_bias, factors = combine_gradient(partial, cut, tensors, training, need_x, need_affine)
     empty = x.new_empty(0)
     if not need_x:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastres import layout
-from fastres.kernels.triton.operands import Sampling, sampling_of
+from fastres.kernels.triton.operands import NormGradient, Sampling, sampling_of
 from fastres.kernels.triton.product import Pair, product
 from fastres.kernels.triton.row_product import row_product
 from fastres.kernels.triton.statistics import combine_statistics
@@ -62,22 +62,37 @@ def conv1x1_forward(
 
 
 def conv1x1_grad_input(
-    grad_y: Tensor, weight: Tensor, shape: torch.Size, *, stride: tuple[int, int] = (1, 1)
+    grad_y: Tensor,
+    weight: Tensor,
+    shape: torch.Size,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    behind: NormGradient | None = None,
 ) -> Tensor:
-    """The gradient of the input, whose shape is [N, C, H, W]."""
+    """The gradient of the input, whose shape is [N, C, H, W].
+
+    Args:
+        behind: as operands.norm_gradient_of makes it: grad_y is the gradient of that batch norm's output.
+    """
     g, w = layout.like(grad_y, True), weight.flatten(1).to(grad_y.dtype)
     sampling = _sampling(shape, stride)
     grad_x = _empty((*shape,), g)
     if sampling is not None:
         grad_x.zero_()
-    product(Pair(g, w), grad_x, scatter=sampling)
+    product(Pair(g, w, behind=behind), grad_x, scatter=sampling)
     return layout.in_format(grad_x, torch.channels_last)
 
 
 def conv1x1_grad_weight(
-    grad_y: Tensor, x: Tensor, *, stride: tuple[int, int] = (1, 1), norm: Tensor | None = None
+    grad_y: Tensor,
+    x: Tensor,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    norm: Tensor | None = None,
+    behind: NormGradient | None = None,
 ) -> Tensor:
-    """The gradient of the weight, [K, C, 1, 1] in x's dtype; norm: as of conv1x1_forward."""
+    """The gradient of the weight, [K, C, 1, 1] in x's dtype; norm: as of conv1x1_forward, behind: of
+    conv1x1_grad_input."""
     k, c = grad_y.shape[1], x.shape[1]
     grad_weight, _ = row_product(
         layout.like(grad_y.to(x.dtype), True),
@@ -87,5 +102,6 @@ def conv1x1_grad_weight(
         dtype=x.dtype,
         gather=_sampling(x.shape, stride),
         norm=norm,
+        behind=behind,
     )
     return grad_weight.view(k, c, 1, 1)

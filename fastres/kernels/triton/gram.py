@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastres.kernels.triton import tuning
 from fastres.kernels.triton.launch import launch
 from fastres.kernels.triton.operands import activated, precision
 from fastres.kernels.triton.row_product import splits, sum_splits
+from fastres.kernels.triton.tiles import tiles_of
 
 
 @triton.jit
@@ -74,7 +76,8 @@ def gram_kernel(
         k_right = point_near_mean(x, norm, right, rows, channels, BLOCK_ROWS)
     products = tl.zeros((BLOCK_CHANNELS, BLOCK_CHANNELS), tl.float32)
     sums = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    for first in range(split * BLOCK_ROWS, rows, splits * BLOCK_ROWS):
+    for turn in range(split, tiles_of(rows, BLOCK_ROWS), splits):
+        first = turn * BLOCK_ROWS
         values, exists = values_of(x, norm, first, left, rows, channels, BLOCK_ROWS)
         a = tl.where(exists, values.to(tl.float32) - k_left[None, :], 0.0)
         sums += a
@@ -127,7 +130,12 @@ def gram(x: Tensor, norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     channels = x.shape[1]
     rows = x.numel() // channels
-    block = blocks(x, channels)
+    normed = norm is not None
+
+    def key() -> str:
+        return f"gram: 2^{rows.bit_length() - 1} rows, {channels} channels" + ", normalised" * normed
+
+    block = tuning.choose_tile(key, x, blocks(x, channels), ("BLOCK_CHANNELS",), "BLOCK_ROWS")
     tiles = triton.cdiv(channels, block["BLOCK_CHANNELS"])
     parts = splits(x, rows, tiles * (tiles + 1) // 2, block["BLOCK_ROWS"])
     partial = torch.empty((parts, channels * channels + channels), dtype=torch.float32, device=x.device)

@@ -14,8 +14,9 @@ from torch import Tensor
 from fastres import layout
 from fastres.kernels.triton.launch import launch
 from fastres.kernels.triton.operands import GEOMETRY, activated, precision
-from fastres.kernels.triton.product import blocks, finished, store_statistics
+from fastres.kernels.triton.product import finished, store_statistics, tuned
 from fastres.kernels.triton.statistics import combine_statistics
+from fastres.kernels.triton.tiles import tiles_of
 
 
 @triton.jit(do_not_specialize=(*GEOMETRY, "padding_h", "padding_w", "dilation_h", "dilation_w"))
@@ -86,7 +87,7 @@ def convolution_kernel(
     result = z.to(out.dtype.element_ty)
     tl.store(out + offset, result, exists)
     if partial is not None:
-        programs = tl.cdiv(rows, BLOCK_ROWS)
+        programs = tiles_of(rows, BLOCK_ROWS)
         store_statistics(partial, result.to(tl.float32), exists, count, program, programs, column, columns)
 
 
@@ -122,7 +123,7 @@ def convolution_forward(
         (n, columns, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
     rows = n * out_height * out_width
-    block = blocks(y, rows, columns, depth, norm is not None, kernel[0] * kernel[1])
+    block = tuned(y, rows, columns, depth, norm is not None, kernel[0] * kernel[1])
     row_tiles, column_tiles = triton.cdiv(rows, block["BLOCK_ROWS"]), triton.cdiv(columns, block["BLOCK_COLUMNS"])
     shape = (4, row_tiles, columns)
     partial = torch.empty(shape, dtype=torch.float32, device=x.device) if statistics else None

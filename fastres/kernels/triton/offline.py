@@ -73,6 +73,7 @@ class Compiled:
         registers: of a thread (AMD: vector registers).
         spills: bytes of a thread's stack, where registers go that are too many.
         shared: bytes of shared memory of a program.
+        scratch: bytes of global memory that Triton would have to allocate for every launch.
         accesses: (argument, "load" or "store", bytes): how many such instructions. "?": no argument could be told.
         matrix: matrix instructions.
         dot: whether the kernel multiplies matrices.
@@ -81,6 +82,7 @@ class Compiled:
     registers: int
     spills: int
     shared: int
+    scratch: int
     accesses: Counter[tuple[str, str, int]]
     matrix: Counter[str]
     dot: bool
@@ -96,7 +98,8 @@ def compiled(one: Specialisation) -> Compiled:
     registers, spills, instructions = read(code.asm)
     matrix = Counter(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)[\w.:]*", instructions))
     dot = "tt.dot" in code.asm["ttir"]
-    return Compiled(registers, spills, code.metadata.shared, accesses(code.asm["llir"], names), matrix, dot)
+    scratch = sum(getattr(code.metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile"))
+    return Compiled(registers, spills, code.metadata.shared, scratch, accesses(code.asm["llir"], names), matrix, dot)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -208,14 +211,17 @@ def wide(t: Argument) -> bool:
 
 
 def faults(one: Specialisation, code: Compiled) -> list[str]:
-    """Why code is not as it should be: it spills, needs more shared memory than there is, accesses activations less
-    than 16 bytes at a time, multiplies matrices of 16-bit values without matrix instructions."""
+    """Why code is not as it should be: it spills, needs more shared memory than there is or global memory of its own,
+    accesses activations less than 16 bytes at a time, multiplies matrices of 16-bit values without matrix
+    instructions."""
     found = []
     tensors, limit = one.launch.tensors(), TARGETS[one.target].shared_limit
     if code.spills:
         found.append(f"spills {code.spills}")
     if code.shared > limit:
         found.append(f"{code.shared} bytes of shared memory, {one.target} has {limit}")
+    if code.scratch:  # a CUDA graph would not know of it
+        found.append(f"allocates {code.scratch} bytes")
     amd = TARGETS[one.target].gpu.backend == "hip"
     for name, kind, width in sorted(code.accesses):
         # AMD's matrix instructions leave 4 neighbours in a lane, and Triton stores them from there

@@ -20,7 +20,7 @@ from fastres.kernels.triton import batch_norm
 from fastres.kernels.triton.batch_norm import coefficients, normalise
 from fastres.kernels.triton.launch import launch
 from fastres.kernels.triton.statistics import moments
-from fastres.kernels.triton.tiles import Rows, rows_of
+from fastres.kernels.triton.tiles import Rows, rows_of, tiles_of
 
 
 @triton.jit
@@ -158,8 +158,8 @@ def reduce_pooled_gradient_kernel(
     sums = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     products = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     pixels = height * width
-    for start in range(program * BLOCK_ROWS, rows, programs * BLOCK_ROWS):
-        row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_ROWS)
+    for turn in range(program, tiles_of(rows, BLOCK_ROWS), programs):
+        row = tl.cast(turn, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         inside = (row < rows)[:, None] & (channel < channels)[None, :]
         image, pixel = row // pixels, (row % pixels).to(tl.int32)
         h, w = pixel // width, pixel % width
@@ -212,7 +212,7 @@ def apply_pooled_gradient_kernel(
     constant = tl.load(factors + channels + channel, channel < channels, other=0.0)[None, :]
     slope = tl.load(factors + 2 * channels + channel, channel < channels, other=0.0)[None, :]
     pixels = height * width
-    tiles = tl.cdiv(rows, BLOCK_ROWS)
+    tiles = tiles_of(rows, BLOCK_ROWS)
     for turn in range(program, tiles, programs):
         row = tl.cast(tiles - 1 - turn, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         inside = (row < rows)[:, None] & (channel < channels)[None, :]

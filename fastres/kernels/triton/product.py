@@ -1,7 +1,8 @@
 """C = act((A B u + A2 B2) * scale + bias + residual): the matrix product behind 1x1 convolutions and their gradients.
 
-A [rows, depth] is an activation: its rows are pixels (operands.py says which), and relu(batch_norm(A)) may stand for
-it. B [depth, columns] is a weight with any strides. Products are summed in fp32, first those of A B, then of A2 B2.
+A [rows, depth] is an activation: its rows are pixels (operands.py says which). relu(batch_norm(A)) may stand for it;
+or, where A is the gradient of a batch norm's output, that of its input. B [depth, columns] is a weight with any
+strides. Products are summed in fp32, first those of A B, then of A2 B2.
 """
 
 from __future__ import annotations
@@ -14,15 +15,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastres.kernels.triton import tuning
 from fastres.kernels.triton.launch import launch, multiprocessors
-from fastres.kernels.triton.operands import GEOMETRY, Sampling, activated, geometry, precision, sampled
-from fastres.kernels.triton.tiles import store_mask
+from fastres.kernels.triton.operands import (
+    GEOMETRY,
+    NormGradient,
+    Sampling,
+    activated,
+    differentiated,
+    geometry,
+    precision,
+    sampled,
+)
+from fastres.kernels.triton.tiles import store_mask, tiles_of
 
 
 @triton.jit
 def add_product(
     sums,
     a,
+    raw,
     norm,
     b,
     pixel,
@@ -37,12 +49,19 @@ def add_product(
 ):
     """sums + A B of a tile, whose rows of A are the pixels `pixel`."""
     channel = tl.arange(0, BLOCK_DEPTH)
-    place = a + pixel[:, None] * depth + channel[None, :]
+    offset = pixel[:, None] * depth + channel[None, :]
+    place = a + offset
+    if raw is not None:
+        beside = raw + offset
     weight = b + channel[:, None] * stride_depth + column[None, :] * stride_column
     for first in range(0, depth, BLOCK_DEPTH):
         inside = channel < depth - first
-        values = tl.load(place + first, exists[:, None] & inside[None, :], other=0.0)
-        if norm is not None:
+        present = exists[:, None] & inside[None, :]
+        values = tl.load(place + first, present, other=0.0)
+        if raw is not None:
+            passed = tl.load(beside + first, present, other=0.0)
+            values = differentiated(values, passed, norm, present, first + channel, depth)
+        elif norm is not None:
             values = activated(values, norm, first + channel, depth)
         factors = tl.load(weight + first * stride_depth, inside[:, None] & (column < columns)[None, :], other=0.0)
         sums = tl.dot(values, factors, sums, input_precision=PRECISION)
@@ -86,6 +105,7 @@ def store_statistics(partial, values, exists, count, program, programs, column, 
 @triton.jit(do_not_specialize=GEOMETRY)
 def product_kernel(
     a,
+    raw,  # if given, A is the gradient of a batch norm's output, and raw that one's input
     norm,
     b,
     depth,
@@ -132,6 +152,8 @@ def product_kernel(
         pixel = sampled(first + row, height, width, out_height, out_width, stride_h, stride_w)
     else:
         a += first * depth
+        if raw is not None:
+            raw += first * depth
     if SCATTER:
         target = sampled(first + row, height, width, out_height, out_width, stride_h, stride_w)
     else:
@@ -142,6 +164,7 @@ def product_kernel(
     sums = add_product(
         sums,
         a,
+        raw,
         norm,
         b,
         pixel,
@@ -161,6 +184,7 @@ def product_kernel(
         sums = add_product(
             sums,
             a2,
+            None,
             norm2,
             b2,
             row,
@@ -184,7 +208,7 @@ def product_kernel(
     values = z.to(out.dtype.element_ty)
     tl.store(out + offset, values, exists)
     if partial is not None:
-        programs = tl.cdiv(rows, BLOCK_ROWS)
+        programs = tiles_of(rows, BLOCK_ROWS)
         store_statistics(partial, values.to(tl.float32), exists, count, program, programs, column, columns)
 
 
@@ -196,28 +220,33 @@ class Pair:
         a: activation dense in channels_last; rows of `depth` values.
         b: [depth, columns] in a's dtype, with any strides.
         norm: as operands.norm_of makes it: relu(batch_norm(a)) stands for a.
+        behind: of the first pair, without gather: a is the gradient of that batch norm's output, and the gradient of
+            its input stands for it.
     """
 
     a: Tensor
     b: Tensor
     norm: Tensor | None = None
+    behind: NormGradient | None = None
 
 
-def blocks(x: Tensor, rows: int, columns: int, depth: int, norm: bool, taps: int = 1) -> dict[str, Any]:
+def blocks(
+    x: Tensor, rows: int, columns: int, depth: int, norm: bool, taps: int = 1, behind: bool = False
+) -> dict[str, Any]:
     """The tile of a program, its warps and its pipeline; the depth of a product is that of `taps` pixels.
 
     128 x 128 results by 64 of depth are what two groups of 4 warps of an H100 (wgmma) keep in registers, with three
     steps of both factors in 96 KB of shared memory. Where the depth is no more than 128, reading and writing results
     takes longer than computing them: then 64 columns, with which two programs fit on a multiprocessor and one computes
     while the other waits. Fewer columns where there are no more, fewer rows where there would not be a program for each
-    multiprocessor. A batch norm before the product takes registers too: half the depth, and four steps. fp32 takes half
-    the depth, for the same bytes, and 64 columns; where it is not TF32, products are not made by matrix units, and 64
-    rows leave them enough registers.
+    multiprocessor. A batch norm before the product takes registers too: half the depth, and four steps; three where it
+    is the gradient of one, which reads two activations. fp32 takes half the depth, for the same bytes, and 64 columns;
+    where it is not TF32, products are not made by matrix units, and 64 rows leave them enough registers.
     """
     wide = x.element_size() == 4
     exact = wide and precision() == "ieee"
     block_columns = min(max(triton.next_power_of_2(columns), 16), 64 if wide or depth * taps <= 128 else 128)
-    half = wide or norm
+    half = wide or norm or behind
     block_depth = min(max(triton.next_power_of_2(depth), 16), 32 if half else 64)
     block_rows = 64 if exact else 128
     if triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns) < multiprocessors(x):
@@ -227,8 +256,21 @@ def blocks(x: Tensor, rows: int, columns: int, depth: int, norm: bool, taps: int
         "BLOCK_COLUMNS": block_columns,
         "BLOCK_DEPTH": block_depth,
         "num_warps": 8 if block_rows * block_columns >= (4096 if exact else 8192) else 4,
-        "num_stages": 4 if half and not wide else 3,
+        "num_stages": 4 if norm and not wide else 3,
     }
+
+
+def tuned(
+    x: Tensor, rows: int, columns: int, depth: int, norm: bool, taps: int = 1, behind: bool = False
+) -> dict[str, Any]:
+    """The tile of blocks(), or the one that was measured (tuning.py)."""
+
+    def key() -> str:
+        words = f"product: 2^{rows.bit_length() - 1} rows, {columns} columns, {taps} x {depth} deep"
+        return words + ", norm" * norm + ", behind" * behind
+
+    plain = blocks(x, rows, columns, depth, norm, taps, behind)
+    return tuning.choose_tile(key, x, plain, ("BLOCK_ROWS", "BLOCK_COLUMNS"), "BLOCK_DEPTH")
 
 
 def product(
@@ -261,7 +303,8 @@ def product(
     """
     depth, columns = first.b.shape
     rows = out.numel() // columns if scatter is None else first.a.numel() // depth
-    block = blocks(out, rows, columns, depth, first.norm is not None)
+    behind = first.behind
+    block = tuned(out, rows, columns, depth, first.norm is not None, behind=behind is not None)
     row_tiles, column_tiles = triton.cdiv(rows, block["BLOCK_ROWS"]), triton.cdiv(columns, block["BLOCK_COLUMNS"])
     shape = (4, row_tiles, columns)
     partial = torch.empty(shape, dtype=torch.float32, device=out.device) if statistics else None
@@ -270,7 +313,8 @@ def product(
         product_kernel,
         (row_tiles * column_tiles,),
         a=first.a,
-        norm=first.norm,
+        raw=None if behind is None else behind.raw,
+        norm=first.norm if behind is None else behind.coefficients,
         b=first.b,
         depth=depth,
         b_stride_depth=first.b.stride(0),

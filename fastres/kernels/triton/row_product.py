@@ -12,14 +12,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastres.kernels.triton import tuning
 from fastres.kernels.triton.launch import launch, multiprocessors
-from fastres.kernels.triton.operands import GEOMETRY, Sampling, activated, geometry, precision, sampled
-from fastres.kernels.triton.tiles import load_mask
+from fastres.kernels.triton.operands import (
+    GEOMETRY,
+    NormGradient,
+    Sampling,
+    activated,
+    differentiated,
+    geometry,
+    precision,
+    sampled,
+)
+from fastres.kernels.triton.tiles import load_mask, tiles_of
 
 
 @triton.jit(do_not_specialize=GEOMETRY)
 def row_product_kernel(
     g,
+    raw,  # if given, g is the gradient of a batch norm's output, raw that one's input, whose gradient stands for g
+    raw_norm,
     mask,  # if given, g counts as 0 where the mask has no 1
     masked,  # if given, that g is written to it
     a,
@@ -53,14 +65,21 @@ def row_product_kernel(
     own = column < tl.where(depth_tile == 0, columns, 0)  # what is of G alone, one program of several writes
     sums = tl.zeros((BLOCK_COLUMNS, BLOCK_DEPTH), tl.float32)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for turn in range(split * BLOCK_ROWS, rows, splits * BLOCK_ROWS):
-        first = tl.cast(turn, tl.int64)
-        present = (row < rows - turn)[:, None]
+    for turn in range(split, tiles_of(rows, BLOCK_ROWS), splits):
+        first = tl.cast(turn * BLOCK_ROWS, tl.int64)
+        left = rows - turn * BLOCK_ROWS
+        present = (row < left)[:, None]
         exists = present & (column < columns)[None, :]
         gradient = tl.load(g + first * columns + here, exists, other=0.0)
+        if raw is not None:
+            behind = tl.load(raw + first * columns + here, exists, other=0.0)
+            gradient = differentiated(gradient, behind, raw_norm, exists, column, columns)
         if mask is not None:
             bits = mask + first * tl.cdiv(columns, 8)
-            gradient = tl.where(load_mask(bits, row, column, rows - turn, 1, columns, True), gradient, 0.0)
+            gradient = tl.where(load_mask(bits, row, column, left, 1, columns, True), gradient, 0.0)
+        if gradient.dtype == tl.float32 and raw is None and mask is None:
+            # Through registers: TF32 products of Hopper take G turned, which would be read value by value otherwise.
+            gradient = tl.where(exists, gradient, 0.0)
         if masked is not None:
             tl.store(masked + first * columns + here, gradient, present & own[None, :])
         if SUMS:
@@ -98,23 +117,25 @@ def sum_kernel(partial, out, splits, size, BLOCK_SPLITS: tl.constexpr, BLOCK: tl
     tl.store(out + place, tl.sum(total, axis=0).to(out.dtype.element_ty), place < size)
 
 
-def blocks(x: Tensor, columns: int, depth: int, sums: bool, norm: bool) -> dict[str, Any]:
+def blocks(x: Tensor, columns: int, depth: int, sums: bool, norm: bool, behind: bool = False) -> dict[str, Any]:
     """The tile of a program: its results columns x depth, and rows at a step; otherwise as of product.blocks.
 
     Column sums are kept for each row of a step: where the tile is large, there is room for those of 32 rows. A
-    batch norm before the product spills on Blackwell with 64 rows of a small tile.
+    batch norm before the product spills on Blackwell with 64 rows of a small tile. The gradient of one, for which two
+    activations are read, takes half of the rows and of the warps too.
     """
     wide = x.element_size() == 4
     exact, most = wide and precision() == "ieee", 64 if wide else 128
     block_columns, block_depth = (min(max(triton.next_power_of_2(n), 16), most) for n in (columns, depth))
     results = block_columns * block_depth
     half = (sums and results == 128 * 128) or (norm and results == 64 * 64)
+    many = results >= (4096 if exact else 8192) and not (behind and results == 8192)
     return {
-        "BLOCK_ROWS": 32 if wide or half else 64,
+        "BLOCK_ROWS": 32 if wide or half or behind else 64,
         "BLOCK_COLUMNS": block_columns,
         "BLOCK_DEPTH": block_depth,
-        "num_warps": 8 if block_columns * block_depth >= (4096 if exact else 8192) else 4,
-        "num_stages": 4 if half else 3,
+        "num_warps": 8 if many else 4,
+        "num_stages": 4 if half and not behind else 3,
     }
 
 
@@ -152,6 +173,7 @@ def row_product(
     mask: Tensor | None = None,
     masked: Tensor | None = None,
     norm: Tensor | None = None,
+    behind: NormGradient | None = None,
     centre: Tensor | None = None,
     sums: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -163,10 +185,18 @@ def row_product(
         mask: uint8, of g's values as fastres/layout.py describes: g counts as 0 where it has no 1.
         masked: like g; that g is written to it.
         norm: as operands.norm_of makes it: relu(batch_norm(a)) stands for a.
+        behind: g is the gradient of that batch norm's output, and the gradient of its input stands for it.
         centre: fp32 [depth]: a - centre stands for a, which must be fp32.
     """
     rows = g.numel() // columns
-    block = blocks(g, columns, depth, sums, norm is not None)
+    how = {"sums": sums, "norm": norm is not None, "behind": behind is not None}
+
+    def key() -> str:
+        words = f"row product: 2^{rows.bit_length() - 1} rows, {columns} columns, {depth} deep"
+        return ", ".join([words, *(word for word, given in how.items() if given)])
+
+    plain = blocks(g, columns, depth, **how)
+    block = tuning.choose_tile(key, g, plain, ("BLOCK_COLUMNS", "BLOCK_DEPTH"), "BLOCK_ROWS")
     tiles = triton.cdiv(columns, block["BLOCK_COLUMNS"]) * triton.cdiv(depth, block["BLOCK_DEPTH"])
     grid = tiles, splits(g, rows, tiles, block["BLOCK_ROWS"])
     size = columns * depth + (columns if sums else 0)
@@ -175,6 +205,8 @@ def row_product(
         row_product_kernel,
         grid,
         g=g,
+        raw=None if behind is None else behind.raw,
+        raw_norm=None if behind is None else behind.coefficients,
         mask=mask,
         masked=masked,
         a=a,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.kernels.triton.launch import launch
-from fastres.kernels.triton.tiles import NUM_WARPS, Rows, in_image, tile
+from fastres.kernels.triton.tiles import NUM_WARPS, Rows, in_image, tile, tiles_of
 
 
 @triton.jit
@@ -38,8 +38,8 @@ def statistics_kernel(
     sums = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     squares = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     count = tl.zeros((BLOCK_ROWS,), tl.float32)
-    for first in range(program * BLOCK_ROWS, rows, programs * BLOCK_ROWS):
-        row = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_ROWS)
+    for turn in range(program, tiles_of(rows, BLOCK_ROWS), programs):
+        row = tl.cast(turn, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         offset, exists, _, _ = tile(row, channel, rows, pixels, channels, CHANNELS_LAST)
         distance = tl.load(x + offset, exists, other=0.0).to(tl.float32) - k[None, :]
         distance = tl.where(exists, distance, 0.0)

@@ -66,7 +66,7 @@ def rows_of(x: Tensor) -> Rows:
         order = "channels_last" if channels_last else "contiguous"
         return f"rows: {c} channels, 2^{rows.bit_length() - 1} rows, {str(x.dtype).removeprefix('torch.')}, {order}"
 
-    cut = tuning.choose(key, x.device, _CUTS)
+    cut = tuning.choose(key, x.device, _CUTS[0], lambda: _CUTS)
     block_channels = min(max(triton.next_power_of_2(c), 8), 128) if channels_last else 4
     block_rows = cut["values"] // block_channels
     if not channels_last or rows < block_rows:
@@ -77,12 +77,22 @@ def rows_of(x: Tensor) -> Rows:
 
 
 @triton.jit
+def tiles_of(rows, BLOCK_ROWS: tl.constexpr):
+    """How many tiles so many rows have, without a sum that might not fit into 32 bits.
+
+    Loops count tiles, not rows, for the same reason: the row behind the last may be 2^31. To count rows in 64 bits
+    would cost a quarter more registers.
+    """
+    return (rows - 1) // BLOCK_ROWS + 1
+
+
+@triton.jit
 def in_image(row, rows, pixels, CHANNELS_LAST: tl.constexpr):
     """Which rows are pixels of the activation."""
     if CHANNELS_LAST:
         return row < rows
     else:
-        return (row < rows) & (row % (tl.cdiv(pixels, 8) * 8) < pixels)
+        return (row < rows) & (row % (tl.cdiv(tl.cast(pixels, tl.int64), 8) * 8) < pixels)
 
 
 @triton.jit
@@ -93,7 +103,7 @@ def tile(row, channel, rows, pixels, channels, CHANNELS_LAST: tl.constexpr):
         byte = row[:, None] * tl.cdiv(channels, 8) + (channel // 8)[None, :]
         bit = (channel % 8)[None, :]
     else:
-        padded = tl.cdiv(pixels, 8) * 8
+        padded = tl.cdiv(tl.cast(pixels, tl.int64), 8) * 8
         pixel = row % padded
         run = (row // padded)[:, None] * channels + channel[None, :]
         offset = run * pixels + pixel[:, None]

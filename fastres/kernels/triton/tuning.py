@@ -1,4 +1,5 @@
-"""Block sizes that were measured, for who asks for it: without a file of choices a plain function decides (tiles.py).
+"""Block sizes that were measured, for who asks for it: without a file of choices plain functions decide (rows_of in
+tiles.py; blocks in product.py, row_product.py and gram.py).
 
     tuning.tune(lambda: step(x), "choices.json")    # measures on this device, once
     fastres.config.triton_choices = "choices.json"    # from now on, in this process
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastres import config
 from fastres.errors import UserError
@@ -46,27 +48,53 @@ def _read(path: str) -> dict[str, dict[str, Choice]]:
     return choices
 
 
-def choose(key: Callable[[], str], device: torch.device, candidates: Sequence[Choice]) -> Choice:
-    """The candidate to use; without a measured choice the first.
+def choose(
+    key: Callable[[], str], device: torch.device, plain: Choice, candidates: Callable[[], Sequence[Choice]]
+) -> Choice:
+    """The candidate to use; without a measured choice the plain one.
 
     Args:
-        key: says the kernel and the class of shapes; called only where there may be a choice.
-        candidates: what works, the choice of the plain function first.
+        key: says the kernel and the class of shapes.
+        plain: what the plain function says, one of the candidates.
+        candidates: what works for all calls with this key. It and key are called only where there may be a choice.
 
     Raises:
         UserError: config.triton_choices names a file that cannot be read, or a choice that is no candidate.
     """
     if _asked is not None:
         at = (_name(device), key())
-        _asked[at] = candidates
-        return _tried.get(at, candidates[0])
+        _asked[at] = candidates()
+        return _tried.get(at, plain)
     if config.triton_choices is None:
-        return candidates[0]
+        return plain
     path, name = str(config.triton_choices), key()
-    chosen = _read(path).get(_name(device), {}).get(name, candidates[0])
-    if chosen not in candidates:
-        raise UserError(f"config.triton_choices: {path}: {name}: {chosen} is none of {list(candidates)}")
+    chosen = _read(path).get(_name(device), {}).get(name, plain)
+    if chosen != plain and chosen not in candidates():
+        raise UserError(f"config.triton_choices: {path}: {name}: {chosen} is none of {list(candidates())}")
     return chosen
+
+
+def choose_tile(key: Callable[[], str], x: Tensor, plain: Choice, results: tuple[str, ...], steps: str) -> Choice:
+    """The tile of a matrix product: the plain one, half as large on either side, with half as long steps and one stage
+    of the pipeline more, or with a stage less.
+
+    Args:
+        key: as of choose; the dtype of x and the plain tile are added.
+        plain: BLOCK_..., num_warps and num_stages.
+        results, steps: the names of the tile's sides, and of what a step sums up.
+    """
+
+    def candidates() -> list[Choice]:
+        halves = [{side: plain[side] // 2} for side in results]
+        halves.append({steps: plain[steps] // 2, "num_stages": plain["num_stages"] + 1})
+        smaller = [plain | half for half in halves if next(iter(half.values())) >= 16]
+        return [plain, *smaller, plain | {"num_stages": plain["num_stages"] - 1}]
+
+    def name() -> str:
+        sides = " x ".join(str(plain[side]) for side in (*results, steps))
+        return f"{key()}, {str(x.dtype).removeprefix('torch.')}, plain {sides}, {plain['num_warps']} warps"
+
+    return choose(name, x.device, plain, candidates)
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
