@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastres import reference
-from fastres.kernels import convolution, cpu, onednn, triton
+from fastres.kernels import convolution, cpu, cuda, onednn, triton
 
 
 class PackedConvolution(Protocol):
@@ -58,6 +58,10 @@ def _triton(op: str, module: str, why_not: Callable[..., str | None] = triton.wh
     return Kernel("triton", triton.kernel(module, op), triton.unavailable, why_not)
 
 
+def _cuda(op: str, why_not: Callable[..., str | None] = cuda.why_not) -> Kernel:
+    return Kernel("cuda", getattr(cuda, op), cuda.unavailable, why_not)
+
+
 _BATCH_NORM_OPS = (
     "bn_act",
     "bn_act_backward",
@@ -92,15 +96,15 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         _reference("conv_bias_act"),
     ],
     **{
-        (op, "cuda"): [_triton(op, module), _reference(op)]
+        (op, "cuda"): [_triton(op, module), _cuda(op), _reference(op)]
         for module, ops in (
             ("batch_norm", ("bn_act", "bn_act_backward")),
             ("elementwise", ("add_act", "add_act_backward")),
             ("pool", ("bn_act_maxpool", "bn_act_maxpool_backward")),
-            ("convolution_ops", ("conv_bias_act",)),
         )
         for op in ops
     },
+    ("conv_bias_act", "cuda"): [_triton("conv_bias_act", "convolution_ops"), _reference("conv_bias_act")],
     ("conv1x1_bn_act", "cuda"): [
         _triton("conv1x1_bn_act", "algebraic", triton.conv1x1_bn_act_why_not),
         _reference("conv1x1_bn_act"),
@@ -111,14 +115,17 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
     ],
     ("conv_bn_act", "cuda"): [
         _triton("conv_bn_act", "convolution_ops", triton.conv_bn_act_why_not),
+        _cuda("conv_bn_act", cuda.conv_bn_act_why_not),
         _reference("conv_bn_act"),
     ],
     ("conv_bn_act_backward", "cuda"): [
         _triton("conv_bn_act_backward", "convolution_ops", triton.conv_bn_act_backward_why_not),
+        _cuda("conv_bn_act_backward", cuda.conv_bn_act_backward_why_not),
         _reference("conv_bn_act_backward"),
     ],
     ("update_running_stats_", "cuda"): [
         _triton("update_running_stats_", "statistics", lambda *args: None),
+        _cuda("update_running_stats_", cuda.update_why_not),
         _reference("update_running_stats_"),
     ],
 }
@@ -190,7 +197,8 @@ def use_kernels(*names: str) -> Iterator[None]:
     """Only the named kernels serve inside the `with` block, in the whole process: for tests and benchmarks.
 
     Args:
-        names: "reference", "cpu", "onednn", "triton"; in the table's order of preference, whatever the order here.
+        names: "reference", "cpu", "onednn", "triton", "cuda"; in the table's order of preference, whatever the order
+            here.
 
     Raises:
         ValueError: for a name that no kernel has.
