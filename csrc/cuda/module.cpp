@@ -1,4 +1,4 @@
-// The Python module fastres._CUDA: importing it registers the ops of namespace fastres_cuda, which check, allocate and launch the
+// The Python module fastres._cuda: importing it registers the ops of namespace fastres_cuda, which check, allocate and launch the
 // kernels of kernels.h on the current stream. Nothing here waits for the device, so calls can be captured in a CUDA graph.
 //
 // With FASTRES_CUDA_ON_CPU the same ops serve CPU tensors, by the kernels that tests compile for the CPU.
@@ -390,8 +390,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastres_cuda, CUDA, m) {
   m.impl("update_running_stats_", TORCH_BOX(&fastres::cuda::update_running_stats_op));
 }
 
-extern "C" PyObject* PyInit__CUDA(void) {
+extern "C" PyObject* PyInit__cuda(void) {
   static struct PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_CUDA", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

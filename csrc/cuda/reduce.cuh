@@ -51,7 +51,7 @@ __device__ inline void reduce(const W& walk, const float (&a)[W::kOwn], const fl
   __syncthreads();
   if (thread == 0) {
     __threadfence();  // of what the whole block wrote
-    shared.last = atomicAdd(work.tickets + blockIdx.x, 1u) == gridDim.y - 1;
+    shared.last = atomicInc(work.tickets + blockIdx.x, gridDim.y - 1) == gridDim.y - 1;  // which leaves 0
     __threadfence();
   }
   __syncthreads();
@@ -76,7 +76,6 @@ __device__ inline void reduce(const W& walk, const float (&a)[W::kOwn], const fl
     }
     if (walk.has(c)) finish(walk.first + c, first, second);
   }
-  if (thread == 0) work.tickets[blockIdx.x] = 0;
 }
 
 // What the last block makes of sum g and sum g * (x - near).

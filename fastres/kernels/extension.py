@@ -1,4 +1,4 @@
-"""Loads the compiled kernels, fastres._C for CPUs and fastres._CUDA for GPUs, once, or keeps the reason why not.
+"""Loads the compiled kernels, fastres._C for CPUs and fastres._cuda for GPUs, once, or keeps the reason why not.
 FASTRES_NO_EXT=1 leaves them out."""
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ cuda_error: str | None = None
 
 @cache
 def load() -> None:
-    """Loads fastres._C, which registers the ops of torch.ops.fastres_cpu, and where PyTorch has CUDA fastres._CUDA and
+    """Loads fastres._C, which registers the ops of torch.ops.fastres_cpu, and where PyTorch has CUDA fastres._cuda and
     its torch.ops.fastres_cuda. Runs when this module is imported."""
     global error, cuda_error
     error = _load("_C", build_info().get("error") or "this source tree was not built: `pip install -e .` does that")
     if torch.version.cuda is None:  # the binary would not find the functions of libtorch_cuda
         cuda_error = "this PyTorch is built without CUDA"
     else:
-        cuda_error = _load("_CUDA", build_info().get("cuda", {}).get("error") or "fastres was built without it")
+        cuda_error = _load("_cuda", build_info().get("cuda", {}).get("error") or "fastres was built without it")
 
 
 def _load(name: str, missing: str) -> str | None:

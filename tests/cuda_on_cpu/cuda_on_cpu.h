@@ -5,8 +5,8 @@
 //   ASan            accesses out of bounds, in global and in shared memory
 //   UBSan           accesses that are not aligned, indices beyond an array, overflow
 //   TSan            accesses to shared memory that no barrier orders, and accesses of two blocks to global memory that no
-//                   __threadfence() beside an atomicAdd() orders: every fiber is a thread to TSan, and all of a grid are made
-//                   before the first runs, so that nothing but the kernel's own synchronisation orders them
+//                   __threadfence() beside an atomic orders: every fiber is a thread to TSan, and all of a grid
+//                   (of 24 blocks of it) are made before the first runs, so that nothing but the kernel orders them
 // Not modelled: what threads of a warp do at the same time, inline PTX, textures, cooperative groups, clusters.
 #pragma once
 #define FASTRES_CUDA_ON_CPU 1
@@ -20,8 +20,9 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
+#include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -30,10 +31,13 @@
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
 #define FIBER_TSAN(...) __VA_ARGS__
+#define FIBER_UNSEEN __attribute__((no_sanitize("thread")))
 #else
 #define FIBER_TSAN(...)
+#define FIBER_UNSEEN
 #endif
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define FIBER_ASAN(...) __VA_ARGS__
 #else
@@ -44,6 +48,8 @@ namespace cuda_on_cpu {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 64 * 1024;
+constexpr size_t kShared = 48 * 1024, kGap = 64;  // bytes of a block; between its variables
+constexpr int kVariables = 8;
 
 enum State : int { kReady, kAtBlock, kAtWarp, kDone };
 
@@ -54,15 +60,15 @@ struct Fiber {
   std::atomic<int> state{kReady};  // relaxed: the scheduler's own, it must order nothing
   Block* block = nullptr;
   uint3 index{};
-  bool fenced = false;          // since the last atomic of this thread
-  void* last_atomic = nullptr;  // before the next fence
-  unsigned exchanges = 0;       // of values between the lanes of its warp
+  bool fenced = false;                   // since the last atomic of this thread
+  void* last_atomic = nullptr;           // before the next fence
+  unsigned barriers = 0, exchanges = 0;  // of values between the lanes of its warp
   void *tsan = nullptr, *fake_stack = nullptr;
 };
 
 struct Warp {
   unsigned slots[2][kWarp];
-  char sync;
+  char sync[2];
 };
 
 struct Grid {
@@ -82,14 +88,25 @@ struct Block {
   uint3 index;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::map<const void*, std::shared_ptr<void>> shared;
-  char sync;
+  // Shared memory. All of it is there before the first fiber runs, full of NaN bytes.
+  char* memory = nullptr;
+  size_t used = 0, offsets[kVariables];
+  const void* keys[kVariables];
+  int variables = 0;
+  char sync[2];  // of barriers in turn: a thread may be at the next one before all have left this one
+  Block() = default;
+  Block(const Block&) = delete;
+  ~Block() {
+    FIBER_ASAN(if (memory) __asan_unpoison_memory_region(memory, kShared);)
+    std::free(memory);
+  }
 };
 
 inline std::atomic<Fiber*> current{nullptr};
 inline Fiber& self() { return *current.load(std::memory_order_relaxed); }
 
-inline void switch_to_scheduler(Fiber& me, bool for_good) {
+// What it reads may be freed before TSan sees what orders it.
+FIBER_UNSEEN inline void switch_to_scheduler(Fiber& me, bool for_good) {
   Grid& grid = *me.block->grid;
   (void)for_good;
   FIBER_TSAN(__tsan_switch_to_fiber(grid.tsan, __tsan_switch_to_fiber_no_sync);)
@@ -107,8 +124,8 @@ inline void enter() {
   } catch (const std::exception& e) {
     grid.error = e.what();
   }
-  FIBER_TSAN(__tsan_release(&grid.sync);)
   me.state.store(kDone, std::memory_order_relaxed);
+  FIBER_TSAN(__tsan_release(&grid.sync);)
   switch_to_scheduler(me, true);
   std::abort();
 }
@@ -128,6 +145,9 @@ inline void prepare(Block& block, Grid& grid, uint3 index, char* stacks) {
   block.index = index;
   block.fibers = std::vector<Fiber>(grid.threads);
   block.warps = std::vector<Warp>((grid.threads + kWarp - 1) / kWarp);
+  block.memory = static_cast<char*>(std::aligned_alloc(kGap, kShared));
+  std::memset(block.memory, 0xff, kShared);
+  FIBER_ASAN(__asan_poison_memory_region(block.memory, kShared);)
   for (unsigned i = 0; i < grid.threads; ++i) {
     Fiber& fiber = block.fibers[i];
     fiber.block = &block;
@@ -194,45 +214,55 @@ inline cudaError_t launch(dim3 size, unsigned threads, const std::function<void(
   grid.size = size, grid.threads = threads, grid.body = &body;
   const size_t blocks = static_cast<size_t>(size.x) * size.y;
 #if defined(__SANITIZE_THREAD__)
-  const size_t at_once = blocks;
+  const size_t at_once = blocks < 24 ? blocks : 24;  // TSan knows 8128 threads
 #else
   const size_t at_once = 1;
 #endif
   FIBER_TSAN(grid.tsan = __tsan_get_current_fiber();)
   const std::unique_ptr<char[]> stacks(new char[at_once * threads * kStack]);
-  std::vector<Block> made(at_once);
+  std::deque<Block> made;
   for (size_t first = 0; first < blocks; first += at_once) {
-    for (size_t i = 0; i < at_once; ++i) {
+    const size_t here = blocks - first < at_once ? blocks - first : at_once;
+    made.clear();
+    made.resize(here);
+    for (size_t i = 0; i < here; ++i) {
       const size_t block = first + i;
-      made[i] = Block{};
       prepare(made[i], grid, uint3{static_cast<unsigned>(block % size.x), static_cast<unsigned>(block / size.x), 0},
               stacks.get() + i * threads * kStack);
     }
     for (Block& block : made) run(block);
+    FIBER_TSAN(for (Block& block : made) for (Fiber& fiber : block.fibers) __tsan_destroy_fiber(fiber.tsan);)
+    FIBER_TSAN(__tsan_acquire(&grid.sync);)
   }
-  FIBER_TSAN(__tsan_acquire(&grid.sync);)
-  FIBER_TSAN(for (Block& block : made) for (Fiber& fiber : block.fibers) __tsan_destroy_fiber(fiber.tsan);)
   return cudaSuccess;
 }
 
-// A variable of the block. It lies on the heap, full of NaN bytes; `key` tells one from another.
+// A variable of the block, behind a gap that ASan watches; `key` tells one from another.
 template <class T>
-T& shared(const void* key) {
-  std::shared_ptr<void>& place = self().block->shared[key];
-  if (!place) {
-    place = std::shared_ptr<void>(std::malloc(sizeof(T)), std::free);
-    __builtin_memset(place.get(), 0xff, sizeof(T));
+FIBER_UNSEEN T& shared(const void* key) {
+  Block& block = *self().block;
+  int found = 0;
+  while (found < block.variables && block.keys[found] != key) ++found;
+  if (found == block.variables) {
+    if (found == kVariables || block.used + sizeof(T) + kGap > kShared)
+      throw std::runtime_error("too much shared memory");
+    block.keys[found] = key;
+    block.offsets[found] = block.used;
+    FIBER_ASAN(__asan_unpoison_memory_region(block.memory + block.used, sizeof(T));)
+    block.used += (sizeof(T) + 2 * kGap - 1) / kGap * kGap;
+    ++block.variables;
   }
-  return *static_cast<T*>(place.get());
+  return *reinterpret_cast<T*>(block.memory + block.offsets[found]);
 }
 
 // Values of all lanes of the warp.
 inline const unsigned* exchange(unsigned value) {
   Fiber& me = self();
   Warp& warp = me.block->warps[me.index.x / kWarp];
-  unsigned* slots = warp.slots[me.exchanges++ % 2];  // the next exchange may begin before all have read this one
+  const unsigned turn = me.exchanges++ % 2;  // as with barriers
+  unsigned* slots = warp.slots[turn];
   slots[me.index.x % kWarp] = value;
-  wait(kAtWarp, &warp.sync);
+  wait(kAtWarp, &warp.sync[turn]);
   return slots;
 }
 
@@ -245,7 +275,10 @@ inline const unsigned* exchange(unsigned value) {
   static char name##_key;          \
   type& name = cuda_on_cpu::shared<type>(&name##_key)
 
-inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::kAtBlock, &cuda_on_cpu::self().block->sync); }
+inline void __syncthreads() {
+  cuda_on_cpu::Fiber& me = cuda_on_cpu::self();
+  cuda_on_cpu::wait(cuda_on_cpu::kAtBlock, &me.block->sync[me.barriers++ % 2]);
+}
 
 // All lanes must take part: the kernels use no other mask.
 inline unsigned __ballot_sync(unsigned, int predicate) {
@@ -262,11 +295,15 @@ inline void __threadfence() {
   FIBER_TSAN(if (me.last_atomic) __tsan_acquire(me.last_atomic);)
 }
 
-template <class T>
-T atomicAdd(T* p, T value) {
+// *p counts from 0 to `last` and is then 0 again.
+inline unsigned atomicInc(unsigned* p, unsigned last) {
   cuda_on_cpu::Fiber& me = cuda_on_cpu::self();
   FIBER_TSAN(if (me.fenced) __tsan_release(p);)
   me.fenced = false;
   me.last_atomic = p;
-  return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
+  unsigned before = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(p, &before, before >= last ? 0 : before + 1, true, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED)) {
+  }
+  return before;
 }
