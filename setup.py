@@ -6,7 +6,7 @@ fastres/_build_info.json. One binary serves Python >= 3.10 and every supported P
 never imported here: its headers suffice, and they are found under pip's build isolation too.
 
 Environment variables:
-    FASTRES_BUILD_EXT=0    do not compile
+    FASTRES_BUILD_EXT=0    do not compile; csrc/cuda neither, unless FASTRES_CUDA says so
     FASTRES_CUDA           0: do not compile csrc/cuda; 1: fail if it cannot be compiled
     FASTRES_CUDA_ARCHS     GPU architectures to compile for; PTX of the last serves later ones (default: "80 90a 100")
     CUDA_HOME              the CUDA toolkit, if nvcc is not on the PATH
@@ -153,7 +153,8 @@ class BuildExtension(build_ext):
         binary.unlink(missing_ok=True)
         info = {"compiled": False, "error": None}
         try:
-            if "0" in (os.environ.get("FASTRES_CUDA"), os.environ.get("FASTRES_BUILD_EXT")):
+            asked = os.environ.get("FASTRES_CUDA", os.environ.get("FASTRES_BUILD_EXT"))
+            if asked == "0":
                 raise NotCompiled("fastres was built with FASTRES_CUDA=0 or FASTRES_BUILD_EXT=0")
             if os.environ.get("FASTRES_SANITIZE"):
                 raise NotCompiled("sanitizers do not know CUDA")

@@ -21,7 +21,7 @@ LAYERS = (
     ("errors", "config", "layout", "reference"),
     ("kernels",),
     ("ops",),
-    ("arguments", "memory"),
+    ("arguments", "memory", "graphs"),
     ("functional",),
     ("replay",),
     ("folding",),

@@ -69,7 +69,10 @@ __device__ inline void store(T* p, const float (&values)[kWidth]) {
     for (int i = 0; i < kWidth; i += 2) from_float(values[i], values[i + 1], pack.values + i);
     uint4 raw[sizeof pack / sizeof(uint4)];
     memcpy(raw, &pack, sizeof pack);
-    for (int i = 0; i < static_cast<int>(sizeof pack / sizeof(uint4)); ++i) reinterpret_cast<uint4*>(p)[i] = raw[i];
+    // Not *p = raw: the compiler splits some of those into stores of 4 bytes.
+    for (int i = 0; i < static_cast<int>(sizeof pack / sizeof(uint4)); ++i) {
+      __stwb(reinterpret_cast<uint4*>(p) + i, raw[i]);
+    }
   }
 }
 

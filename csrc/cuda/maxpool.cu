@@ -16,21 +16,19 @@ struct Pixel {
   int row, column;
 };
 
-// `place` of a walk over images of height x width pixels.
+// That of a place in images of `width` columns.
 template <bool kChannelsLast>
-__device__ Pixel pixel_of(const View& view, int64_t offset, int64_t channel, int64_t width) {
-  int64_t image, pixel;
-  if (kChannelsLast) {
-    const int64_t row = quotient(offset - channel, view.channels);
-    image = quotient(row, view.pixels);
-    pixel = row - image * view.pixels;
-  } else {
-    const int64_t run = quotient(offset, view.pixels);
-    image = quotient(run, view.channels);
-    pixel = offset - run * view.pixels;
-  }
-  const int row = static_cast<int>(quotient(pixel, width));
-  return {image, row, static_cast<int>(pixel - row * width)};
+__device__ Pixel pixel_of(const View& view, const Place& place, int64_t width) {
+  int64_t image = place.image;
+  if (kChannelsLast) image = quotient(place.pixel, view.pixels);
+  const uint32_t pixel = static_cast<uint32_t>(kChannelsLast ? place.pixel - image * view.pixels : place.pixel);
+  const uint32_t row = pixel / static_cast<uint32_t>(width);
+  return {image, static_cast<int>(row), static_cast<int>(pixel - row * static_cast<uint32_t>(width))};
+}
+
+// Pixels of an image are counted in 32 bits.
+bool fits(const Window& window) {
+  return window.height * window.width <= INT32_MAX && window.out_height * window.out_width <= INT32_MAX;
 }
 
 // Offset of [image, channel, row, column] among images of `pixels` pixels.
@@ -76,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) maxpool_kernel(View view, Window win
   for (int64_t tile = blockIdx.y; tile < view.tiles; tile += gridDim.y) {
     const Place place = walk.at(tile);
     if (!place.exists) continue;
-    const Pixel out = pixel_of<kChannelsLast>(view, place.offset, walk.channel, window.out_width);
+    const Pixel out = pixel_of<kChannelsLast>(view, place, window.out_width);
     const int top = out.row * window.stride - window.padding, left = out.column * window.stride - window.padding;
     float best[kWidth];
     unsigned where[kWidth];
@@ -118,9 +116,9 @@ __global__ void __launch_bounds__(kThreads) maxpool_kernel(View view, Window win
 // The gradient of a pixel: of the windows over it those that it is the maximum of.
 template <class T, class W, bool kChannelsLast, int kWidth>
 __device__ void pooled_gradient(const W& walk, const Window& window, const T* grad, const uint8_t* index,
-                                int64_t offset, float (&g)[kWidth]) {
+                                const Place& place, float (&g)[kWidth]) {
   const View& view = walk.view;
-  const Pixel at = pixel_of<kChannelsLast>(view, offset, walk.channel, window.width);
+  const Pixel at = pixel_of<kChannelsLast>(view, place, window.width);
   const int last_row = (at.row + window.padding) / window.stride,
             last_column = (at.column + window.padding) / window.stride;
   for (int i = 0; i < kWidth; ++i) g[i] = 0.0f;
@@ -159,7 +157,7 @@ __global__ void __launch_bounds__(kThreads)
     if (!place.exists) continue;
     const Pack<T, kWidth> values = load<kWidth>(x + place.offset);
     float g[kWidth];
-    pooled_gradient<T, W, kChannelsLast, kWidth>(walk, window, grad, index, place.offset, g);
+    pooled_gradient<T, W, kChannelsLast, kWidth>(walk, window, grad, index, place, g);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const int k = W::own(i);
@@ -188,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
     if (!place.exists) continue;
     const Pack<T, kWidth> values = load<kWidth>(x + place.offset);
     float g[kWidth];
-    pooled_gradient<T, W, kChannelsLast, kWidth>(walk, window, grad, index, place.offset, g);
+    pooled_gradient<T, W, kChannelsLast, kWidth>(walk, window, grad, index, place, g);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       if (gradient.relu == Relu::kRecomputed && normalise(values[i], i) <= 0.0f) g[i] = 0.0f;
@@ -201,6 +199,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t maxpool(const Shape& shape, const Window& window, const Norm& norm, const Pool& args, const Queue& queue) {
+  if (!fits(window)) return cudaErrorInvalidValue;
   Shape pooled = shape;
   pooled.pixels = window.out_height * window.out_width;
   // Windows of neighbouring pixels do not start where 16 bytes do: in NCHW one value at a time.
@@ -216,6 +215,7 @@ cudaError_t maxpool(const Shape& shape, const Window& window, const Norm& norm, 
 cudaError_t maxpool_backward_reduce(const Shape& shape, const Window& window, const Norm& norm,
                                     const Gradient& gradient, const uint8_t* index, const Reduced& reduced,
                                     const Workspace& work, const Queue& queue) {
+  if (!fits(window)) return cudaErrorInvalidValue;
   const bool wide = shape.channels_last && aligned(gradient.grad_y, gradient.x, index);
   return with_view(shape, wide, queue, kReduceBlocks,
                    [&](auto type, auto channels_last, auto width, const View& view, dim3 grid) {
@@ -228,6 +228,7 @@ cudaError_t maxpool_backward_reduce(const Shape& shape, const Window& window, co
 
 cudaError_t maxpool_backward_apply(const Shape& shape, const Window& window, const Norm& norm, const Gradient& gradient,
                                    const uint8_t* index, const float* factors, void* grad_x, const Queue& queue) {
+  if (!fits(window)) return cudaErrorInvalidValue;
   const bool wide = shape.channels_last && aligned(gradient.grad_y, gradient.x, index, grad_x);
   return with_view(shape, wide, queue, kBlocks,
                    [&](auto type, auto channels_last, auto width, const View& view, dim3 grid) {

@@ -14,14 +14,15 @@ namespace fastres::cuda {
 // An activation as kernels see it.
 struct View {
   int64_t images, channels, pixels, tiles;
-  int64_t segments;  // of a row; not in channels_last
-  int lanes;         // threads side by side on channels; 1 if not channels_last
+  uint32_t segments;  // of a row; not in channels_last. Those of all images are counted in 32 bits
+  int lanes;          // threads side by side on channels; 1 if not channels_last
   __host__ __device__ int64_t count() const { return images * pixels; }
 };
 
 struct Place {
   int64_t offset, byte;  // of the thread's first value, and of its mask
   bool exists;
+  int64_t image, pixel;  // in channels_last: 0, and the pixel of all images
 };
 
 template <bool kChannelsLast, int kWidth>
@@ -47,14 +48,14 @@ struct Walk {
     if constexpr (kChannelsLast) {
       const int64_t r = tile * (kThreads / view.lanes) + row;
       return {r * view.channels + channel, r * divide_up(view.channels, 8) + channel / 8,
-              r < view.count() && channel < view.channels};
+              r < view.count() && channel < view.channels, 0, r};
     } else {
-      const int64_t item = tile * (kThreads / kWarp) + threadIdx.x / kWarp;
-      const int64_t image = quotient(item, view.segments);
-      const int64_t pixel = ((item - image * view.segments) * kWarp + threadIdx.x % kWarp) * kWidth;
+      const uint32_t item = static_cast<uint32_t>(tile) * (kThreads / kWarp) + threadIdx.x / kWarp;
+      const int64_t image = item / view.segments;
+      const int64_t pixel = (static_cast<int64_t>(item % view.segments) * kWarp + threadIdx.x % kWarp) * kWidth;
       const int64_t run = image * view.channels + channel;
       return {run * view.pixels + pixel, run * divide_up(view.pixels, 8) + pixel / 8,
-              image < view.images && pixel < view.pixels};
+              image < view.images && pixel < view.pixels, image, pixel};
     }
   }
 };
@@ -63,6 +64,7 @@ struct Walk {
 template <class F>
 cudaError_t with_view(const Shape& shape, bool wide, const Queue& queue, int blocks, const F& f) {
   View view{shape.images, shape.channels, shape.pixels, 0, 0, 1};
+  if (view.count() <= 0 || shape.channels <= 0) return cudaErrorInvalidValue;
   const int64_t row = shape.channels_last ? shape.channels : shape.pixels;
   const int width = wide && row % kWide == 0 ? kWide : 1;
   int64_t groups = shape.channels;
@@ -73,10 +75,11 @@ cudaError_t with_view(const Shape& shape, bool wide, const Queue& queue, int blo
     groups = divide_up(shape.channels, view.lanes * width);
     view.tiles = divide_up(view.count(), kThreads / view.lanes);
   } else {
-    view.segments = divide_up(shape.pixels, kWarp * width);
-    view.tiles = divide_up(shape.images * view.segments, kThreads / kWarp);
+    const int64_t segments = divide_up(shape.pixels, kWarp * width);
+    if (segments > INT32_MAX || shape.images > INT32_MAX / segments) return cudaErrorInvalidValue;
+    view.segments = static_cast<uint32_t>(segments);
+    view.tiles = divide_up(shape.images * segments, kThreads / kWarp);
   }
-  if (view.count() <= 0 || shape.channels <= 0) return cudaErrorInvalidValue;
   int64_t splits = divide_up(static_cast<int64_t>(blocks) * queue.multiprocessors, groups);
   splits = splits < view.tiles ? splits : view.tiles;
   const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(splits < 65535 ? splits : 65535));

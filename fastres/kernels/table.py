@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastres import reference
-from fastres.kernels import convolution, cpu, cuda, onednn, triton
+from fastres.kernels import convolution, cpu, cuda, cudnn, onednn, triton
 
 
 class PackedConvolution(Protocol):
@@ -104,7 +104,11 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         )
         for op in ops
     },
-    ("conv_bias_act", "cuda"): [_triton("conv_bias_act", "convolution_ops"), _reference("conv_bias_act")],
+    ("conv_bias_act", "cuda"): [
+        _triton("conv_bias_act", "convolution_ops"),
+        Kernel("cudnn", cudnn.conv_bias_act, cudnn.unavailable, cudnn.why_not),
+        _reference("conv_bias_act"),
+    ],
     ("conv1x1_bn_act", "cuda"): [
         _triton("conv1x1_bn_act", "algebraic", triton.conv1x1_bn_act_why_not),
         _reference("conv1x1_bn_act"),
@@ -197,8 +201,8 @@ def use_kernels(*names: str) -> Iterator[None]:
     """Only the named kernels serve inside the `with` block, in the whole process: for tests and benchmarks.
 
     Args:
-        names: "reference", "cpu", "onednn", "triton", "cuda"; in the table's order of preference, whatever the order
-            here.
+        names: "reference", "cpu", "onednn", "triton", "cuda", "cudnn"; in the table's order of preference, whatever
+            the order here.
 
     Raises:
         ValueError: for a name that no kernel has.

@@ -280,6 +280,11 @@ inline void __syncthreads() {
   cuda_on_cpu::wait(cuda_on_cpu::kAtBlock, &me.block->sync[me.barriers++ % 2]);
 }
 
+template <class T>
+void __stwb(T* p, T value) {
+  *p = value;
+}
+
 // All lanes must take part: the kernels use no other mask.
 inline unsigned __ballot_sync(unsigned, int predicate) {
   const unsigned* values = cuda_on_cpu::exchange(predicate != 0);
