@@ -20,7 +20,8 @@ struct Kept {
 
 // out = f(a, b): kWidth values at a time, and those that are left over one by one.
 template <class T, int kWidth, class F>
-__global__ void __launch_bounds__(kThreads) elementwise_kernel(int64_t size, const T* a, const T* b, T* out, F f) {
+__global__ void __launch_bounds__(kThreads, 2 * kResident)
+    elementwise_kernel(int64_t size, const T* a, const T* b, T* out, F f) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads, packs = size / kWidth;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t first = thread; first < packs; first += kUnroll * step) {

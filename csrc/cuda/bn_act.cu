@@ -8,7 +8,7 @@ constexpr int kUnroll = 2;
 constexpr int kBlocks = 4;  // of a multiprocessor
 
 template <class T, bool kChannelsLast, int kWidth>
-__global__ void __launch_bounds__(kThreads) apply_kernel(View view, Norm norm, Apply args) {
+__global__ void __launch_bounds__(kThreads, kResident) apply_kernel(View view, Norm norm, Apply args) {
   FASTRES_SHARED(NormShared, shared);
   using W = Walk<kChannelsLast, kWidth>;
   const W walk(view);

@@ -16,7 +16,7 @@ __device__ float behind_relu(Relu relu, const Normalise<W>& normalise, float g, 
 }
 
 template <class T, bool kChannelsLast, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     backward_reduce_kernel(View view, Norm norm, Gradient gradient, Reduced reduced, Workspace work) {
   FASTRES_SHARED(NormShared, norm_shared);
   FASTRES_SHARED(SumsShared, shared);
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, bool kChannelsLast, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     backward_apply_kernel(View view, Norm norm, Gradient gradient, const float* factors, T* grad_x) {
   FASTRES_SHARED(NormShared, shared);
   using W = Walk<kChannelsLast, kWidth>;

@@ -19,6 +19,8 @@
 namespace fastres::cuda {
 
 constexpr int kThreads = 256, kWarp = 32;
+constexpr int kResident =
+    2;  // blocks of a multiprocessor at least, so 128 registers a thread; without it some kernels spill
 constexpr int kWide = 8;  // values of a thread: one byte of a mask, 16 or 32 bytes of an activation
 
 __device__ inline float to_float(float v) { return v; }

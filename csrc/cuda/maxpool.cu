@@ -64,7 +64,7 @@ struct Bytes {
 
 // The view is of the pooled output.
 template <class T, bool kChannelsLast, int kWidth>
-__global__ void __launch_bounds__(kThreads) maxpool_kernel(View view, Window window, Norm norm, Pool args) {
+__global__ void __launch_bounds__(kThreads, kResident) maxpool_kernel(View view, Window window, Norm norm, Pool args) {
   FASTRES_SHARED(NormShared, shared);
   using W = Walk<kChannelsLast, kWidth>;
   const W walk(view);
@@ -142,7 +142,7 @@ __device__ void pooled_gradient(const W& walk, const Window& window, const T* gr
 }
 
 template <class T, bool kChannelsLast, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     maxpool_backward_reduce_kernel(View view, Window window, Norm norm, Gradient gradient, const uint8_t* index,
                                    Reduced reduced, Workspace work) {
   FASTRES_SHARED(NormShared, norm_shared);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, bool kChannelsLast, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     maxpool_backward_apply_kernel(View view, Window window, Norm norm, Gradient gradient, const uint8_t* index,
                                   const float* factors, T* grad_x) {
   FASTRES_SHARED(NormShared, shared);

@@ -31,7 +31,7 @@ struct Points {
 };
 
 template <class T, bool kChannelsLast, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     statistics_kernel(View view, const T* x, double* mean, double* var, Workspace work) {
   FASTRES_SHARED(Points, points);
   FASTRES_SHARED(SumsShared, shared);
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     update_running_stats_kernel(int64_t channels, Running running, const double* mean, const double* var,
                                 const int64_t* num_batches_tracked, double momentum, int64_t count) {
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
