@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEV = $(PYTHON) scripts/dev.py
 comma := ,
 
-.PHONY: help test bench bench-ops bench-cpu bench-gpu kernel-report test-triton test-matrix test-sanitize lint format clean
+.PHONY: help test bench bench-ops bench-cpu bench-gpu kernel-report test-triton cuda-report cuda-sanitize test-matrix test-sanitize lint format clean
 
 help:
 	@echo "make test           the tests                                    ARGS='-k fuse' goes to pytest"
@@ -12,6 +12,8 @@ help:
 	@echo "make bench-cpu      networks, layers, memory, sweeps on the CPU  ARGS='layers depth': these parts; --help lists all"
 	@echo "make kernel-report  what compilers make of the Triton kernels, for GPUs not here   ARGS='--kernel apply --targets sm_90'"
 	@echo "make test-triton    the tests of the Triton kernels with the oldest Triton         ARGS goes to pytest"
+	@echo "make cuda-report    what nvcc makes of the CUDA kernels, for GPUs not here"
+	@echo "make cuda-sanitize  the CUDA kernels on the CPU, under sanitizers and with seeded bugs"
 	@echo "make bench-gpu      ceilings, ops, layers, networks on a GPU     ARGS='--list' names what it measures"
 	@echo "make test-matrix    the tests with the oldest, a middle and the newest PyTorch"
 	@echo "make test-sanitize  the kernels under a sanitizer                KIND=undefined or address (default: both)"
@@ -27,6 +29,9 @@ test bench bench-ops bench-cpu bench-gpu kernel-report test-triton:
 
 lint format:
 	@$(DEV) $@
+
+cuda-report cuda-sanitize:
+	@$(DEV) python scripts/$(subst -,_,$@).py $(ARGS)
 
 test-matrix:
 	@$(PYTHON) scripts/matrix.py $(ARGS)

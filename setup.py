@@ -1,11 +1,15 @@
-"""Compiles csrc/cpu into the extension module fastres._C, where there is a C++ compiler and PyTorch's headers.
+"""Compiles csrc/cpu into the extension module fastres._C, where there is a C++ compiler and PyTorch's headers, and
+csrc/cuda into fastres._cuda, where there is nvcc too; neither needs a GPU, nor a PyTorch with CUDA.
 
 Otherwise the installation is pure Python: it succeeds, and `fastres doctor` shows the reason, which this file leaves in
 fastres/_build_info.json. One binary serves Python >= 3.10 and every supported PyTorch (Stable ABI of each). PyTorch is
 never imported here: its headers suffice, and they are found under pip's build isolation too.
 
 Environment variables:
-    FASTRES_BUILD_EXT=0    do not compile
+    FASTRES_BUILD_EXT=0    do not compile; csrc/cuda neither, unless FASTRES_CUDA says so
+    FASTRES_CUDA           0: do not compile csrc/cuda; 1: fail if it cannot be compiled
+    FASTRES_CUDA_ARCHS     GPU architectures to compile for; PTX of the last serves later ones (default: "80 90a 100")
+    CUDA_HOME              the CUDA toolkit, if nvcc is not on the PATH
     FASTRES_TORCH_DIR      the directory of the torch package whose headers to use
     FASTRES_SANITIZE       compile with sanitizers: "undefined", "address" or "address,undefined"
     CXX, CXXFLAGS, LDFLAGS as usual
@@ -41,6 +45,9 @@ LINK = (
     ["-Wl,--no-as-needed"] if sys.platform == "linux" else []
 )  # NEEDED keeps libtorch.so, which knows the CUDA libraries
 LINK += ["-ltorch", "-ltorch_cpu", "-lc10"]
+ARCHITECTURES = ["80", "90a", "100"]
+# The runtime of CUDA is linked in, and hidden: PyTorch's may be another version.
+LINK_CUDA = ["-lcudart_static", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"]
 
 
 class NotCompiled(Exception):
@@ -85,6 +92,29 @@ def find_compiler() -> list[str]:
     )
 
 
+def find_cuda() -> tuple[Path, Path]:
+    """The CUDA toolkit, and the folder of its static runtime."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    homes += [str(Path(os.path.realpath(nvcc)).parents[1])] if nvcc else []
+    for home in map(Path, filter(None, [*homes, "/usr/local/cuda"])):
+        if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file():
+            for lib in ("lib64", "lib", f"targets/{os.uname().machine}-linux/lib"):
+                if (home / lib / "libcudart_static.a").is_file():
+                    return home, home / lib
+            raise NotCompiled(f"libcudart_static.a is not in {home}")
+    raise NotCompiled("no nvcc was found (CUDA_HOME, the PATH, /usr/local/cuda)")
+
+
+def architectures(nvcc: str) -> list[str]:
+    """FASTRES_CUDA_ARCHS, or of the default ones those that this nvcc knows."""
+    asked = os.environ.get("FASTRES_CUDA_ARCHS", "").split()
+    if asked:
+        return asked
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a')}" in known]
+
+
 def run(command: list[str]) -> str:
     """Runs a compiler. Its first error is the reason if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
@@ -115,7 +145,61 @@ class BuildExtension(build_ext):
         except NotCompiled as reason:
             info["error"] = str(reason)
             print(f"fastres: pure Python installation: {reason}", file=sys.stderr, flush=True)
+        info["cuda"] = self.run_cuda(ext.cuda_sources, binary.with_name("_cuda" + "".join(binary.suffixes)))
         (binary.parent / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    def run_cuda(self, sources: list[str], binary: Path) -> dict:
+        """Compiles fastres._cuda; returns what the build says of it."""
+        binary.unlink(missing_ok=True)
+        info = {"compiled": False, "error": None}
+        try:
+            asked = os.environ.get("FASTRES_CUDA", os.environ.get("FASTRES_BUILD_EXT"))
+            if asked == "0":
+                raise NotCompiled("fastres was built with FASTRES_CUDA=0 or FASTRES_BUILD_EXT=0")
+            if os.environ.get("FASTRES_SANITIZE"):
+                raise NotCompiled("sanitizers do not know CUDA")
+            if not sources:
+                raise NotCompiled("there are no sources in csrc/cuda")
+            self.compile_cuda(sources, binary, info)
+            info["compiled"] = True
+        except NotCompiled as reason:
+            info["error"] = str(reason)
+            print(f"fastres: no CUDA kernels: {reason}", file=sys.stderr, flush=True)
+            if os.environ.get("FASTRES_CUDA") == "1":
+                sys.exit(f"fastres: FASTRES_CUDA=1, but {reason}")
+        return info
+
+    def compile_cuda(self, sources: list[str], binary: Path, info: dict) -> None:
+        """Compiles and links `binary`, and says in `info` with what."""
+        torch, info["torch"] = find_torch()
+        compiler, (home, lib) = find_compiler(), find_cuda()
+        nvcc = str(home / "bin" / "nvcc")
+        info["nvcc"] = run([nvcc, "--version"]).strip().splitlines()[-1]
+        info["architectures"] = architectures(nvcc)
+        if not info["architectures"]:
+            raise NotCompiled(f"{nvcc} knows none of the architectures {', '.join(ARCHITECTURES)}")
+        last = info["architectures"][-1].rstrip("af")
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in info["architectures"]]
+        targets += [f"-gencode=arch=compute_{last},code=compute_{last}"]
+        own = shlex.split(os.environ.get("CXXFLAGS", ""))
+        include = [
+            "-Icsrc",
+            *(f"-isystem{p}" for p in (torch / "include", sysconfig.get_path("include"), home / "include")),
+        ]
+
+        def compile_one(source: str) -> str:
+            target = Path(self.build_temp, source).with_suffix(".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.endswith(".cu"):
+                run([nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC", *targets, "-c", source, "-o", str(target)])
+            else:
+                run([*compiler, *COMPILE, *DEFINES, "-DUSE_CUDA", *own, *include, "-c", source, "-o", str(target)])
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        link = [f"-L{torch / 'lib'}", *LINK, f"-L{lib}", *LINK_CUDA, *shlex.split(os.environ.get("LDFLAGS", ""))]
+        run([*compiler, "-shared", "-o", str(binary), *objects, *link])
 
     def compile(self, sources: list[str], binary: Path, info: dict) -> None:
         """Compiles and links `binary`, and says in `info` with what."""
@@ -145,9 +229,11 @@ class BuildExtension(build_ext):
 
 # Kernels first: they take longest to compile.
 SOURCES = sorted(glob("csrc/cpu/*.cpp"), key=lambda path: ("_kernels" not in path, path))
+EXTENSION = Extension("fastres._C", SOURCES, language="c++", py_limited_api=True)
+EXTENSION.cuda_sources = sorted([*glob("csrc/cuda/*.cu"), *glob("csrc/cuda/*.cpp")])
 
 setup(
-    ext_modules=[Extension("fastres._C", SOURCES, language="c++", py_limited_api=True)],
+    ext_modules=[EXTENSION],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

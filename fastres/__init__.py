@@ -13,6 +13,7 @@ from fastres import ops as _ops  # noqa: F401  registers torch.ops.fastres
 from fastres.explain import explain
 from fastres.folding import packed_bytes
 from fastres.fuse import disabled, fuse_, refresh_, unfuse_
+from fastres.graphs import graphed
 from fastres.kernels.table import use_kernels
 from fastres.memory import cached_bytes, empty_cache
 from fastres.report import ExplainReport, FuseReport
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "functional",
     "fuse_",
+    "graphed",
     "models",
     "nn",
     "packed_bytes",

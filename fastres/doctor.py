@@ -45,6 +45,12 @@ def _extension() -> dict[str, Any]:
     return {"loaded": True, "error": None, "isa": extension.isa(), "isa_reason": reason, "build": build}
 
 
+def _cuda_extension() -> dict[str, Any]:
+    """Whether the CUDA kernels are loaded and what for they were compiled, or the error."""
+    error = extension.cuda_load_error()
+    return {"loaded": error is None, "error": error, "build": extension.build_info().get("cuda", {})}
+
+
 def _devices() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
         {"name": "cpu", **machine.cpu(), "memory_gib": round(machine.memory_bytes() / 2**30, 1)}
@@ -112,6 +118,7 @@ def examine() -> dict[str, Any]:
             },
         },
         "extension": _extension(),
+        "cuda_extension": _cuda_extension(),
         "onednn": _onednn(),
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTRES_")},
         "kernels": _kernels(types),
@@ -153,6 +160,11 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     if build.get("compiled"):
         loaded += f"; built by {build['compiler']} with the headers of torch {build['torch']}"
     facts.append(("C++ kernels", loaded if extension_["loaded"] else f"not loaded: {extension_['error']}"))
+    cuda = found["cuda_extension"]
+    about = "loaded" if cuda["loaded"] else f"not loaded: {cuda['error']}"
+    if cuda["build"].get("compiled"):
+        about += f"; compiled for {', '.join(f'sm_{arch}' for arch in cuda['build']['architectures'])}"
+    facts.append(("CUDA kernels", about))
     return facts
 
 

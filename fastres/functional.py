@@ -237,17 +237,17 @@ def conv_bn_act(
         folded = fold(conv_weight, conv_bias, running_mean, running_var, weight, bias, eps)
         return ops.conv_bias_act.call(x, *folded, residual, *geometry, relu)
     count = shape[0] * shape[2] * shape[3]
-    algebraic = gradient and algebraic(x, conv_weight, conv_bias, geometry)
+    by_moments = gradient and algebraic(x, conv_weight, conv_bias, geometry)
     save_mask = gradient and relu and residual is not None
     affine = (weight, bias)
-    if group is not None and algebraic:
+    if group is not None and by_moments:
         y, mean, var, count = ops.synchronised.conv1x1_bn_act(x, conv_weight, *affine, residual, group, eps, relu)
     elif group is not None:
         again = recompute and gradient
         y, mean, var, count = ops.synchronised.conv_bn_act(
             x, conv_weight, conv_bias, *affine, residual, geometry, group, eps, relu, save_mask, again, fork
         )
-    elif algebraic:
+    elif by_moments:
         y, mean, var, *_ = ops.conv1x1_bn_act.call(
             x, conv_weight, *affine, running_mean, running_var, residual, training, eps, relu, relu
         )
@@ -336,9 +336,9 @@ def fold(
 
 
 def algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometry: tuple) -> bool:
-    """Whether conv1x1_bn_act serves this convolution in training: a 1x1 that expands to four times the channels or more, and has
-    so many pixels that products over channels alone cost little beside those over pixels. On CPUs its products are
-    fp32, so half precision is left to oneDNN where that is faster."""
+    """Whether conv1x1_bn_act serves this convolution in training: a 1x1 that expands to four times the channels or
+    more, and has so many pixels that products over channels alone cost little beside those over pixels. On CPUs its
+    products are fp32, so half precision is left to oneDNN where that is faster."""
     k, c, r, s = conv_weight.shape
     return (
         (r, s) == (1, 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastres import layout
-from fastres.reference import _activate, _bn_gradients, _statistics, normalise, vector_dtype
+from fastres.reference import _activate, _bn_gradients, normalise, statistics, vector_dtype
 
 
 def bn_add_bn_act(
@@ -36,8 +36,8 @@ def bn_add_bn_act(
     """Returns y in x's layout, the mean and biased variance used of either branch (float64 [C]), and the 1-bit mask of
     what the ReLU gets (empty unless asked for)."""
     x = layout.dense(x)
-    mean, var = _statistics(x, running_mean, running_var, training)
-    other_mean, other_var = _statistics(other, other_running_mean, other_running_var, other_training)
+    mean, var = statistics(x, running_mean, running_var, training)
+    other_mean, other_var = statistics(other, other_running_mean, other_running_var, other_training)
     z = normalise(x, weight, bias, mean, var, eps)
     z = z + normalise(other, other_weight, other_bias, other_mean, other_var, other_eps)
     mask = layout.pack_mask(~(z <= 0), layout.is_channels_last(x)) if save_mask else x.new_empty(0, dtype=torch.uint8)

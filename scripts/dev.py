@@ -48,6 +48,7 @@ EXTRAS = {
 OLD_TRITON = ["triton==3.6.0", "numpy>=2,<2.4"]
 OPTIONAL_EXTRAS = {"peers", "ncnn"}  # what is not to be had here is left out
 BUILD_VARIABLES = ("CXX", "CXXFLAGS", "LDFLAGS", "FASTRES_BUILD_EXT", "FASTRES_SANITIZE", "FASTRES_TORCH_DIR")
+BUILD_VARIABLES += ("FASTRES_CUDA", "FASTRES_CUDA_ARCHS")
 
 
 def say(text: str) -> None:
@@ -175,6 +176,8 @@ def install(python: str, extras: list[str]) -> None:
     prefix = Path(ask(python, "import sys; print(sys.prefix)"))
     build = build_stamps(prefix)
     if not up_to_date(build):
+        if "FASTRES_CUDA" not in os.environ and not ask(python, "import torch; print(torch.version.cuda or '')"):
+            os.environ["FASTRES_CUDA"] = "0"  # a minute for what this PyTorch could not load; cuda-report compiles it
         if not pip(python, "--editable", ".", what="fastres (compiling csrc/)"):
             fail("could not install fastres")
         for stamp in build:
@@ -232,7 +235,10 @@ def commands(name: str, python: str, arguments: list[str]) -> list[list[str]]:
     """The command lines behind a name."""
     module = [python, "-m"]
     sources = sorted(
-        str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in (".cpp", ".h", ".inl", ".cu", ".cuh")
+        str(p.relative_to(ROOT))
+        for pattern in ("csrc/**/*", "tests/cuda_on_cpu/*")
+        for p in ROOT.glob(pattern)
+        if p.suffix in (".cpp", ".h", ".inl", ".cu", ".cuh")
     )
     triton_tests = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_triton*.py"))
     clang_format = [os.path.join(os.path.dirname(python), "clang-format")]

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fastres
 from fastres import functional, images
 from fastres.bench.graphs import capture
+from fastres.kernels import cuda
 from fastres.layout import is_channels_last, mask_bytes, unpack_mask
 from fastres.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastres.testing import LAYOUTS, budget, relative_error
@@ -33,6 +34,18 @@ def exact_convolutions():
     )
     yield
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(params=["default", "cuda"])
+def kernels(request):
+    """Runs a test with the kernels that the table prefers, then with those of CUDA C++ wherever there are any."""
+    if request.param == "default":
+        yield
+        return
+    if reason := cuda.unavailable():
+        pytest.skip(reason)
+    with fastres.use_kernels("cuda", "reference"):
+        yield
 
 
 def network(block, dtype=torch.float32):
@@ -132,7 +145,7 @@ def test_inference_in_a_cuda_graph(block, dtype):
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @blocks
-def test_training_step_in_a_cuda_graph(block, autocast):
+def test_training_step_in_a_cuda_graph(kernels, block, autocast):
     """Replayed steps are the steps of an uncaptured run, bit for bit; the warm-up counts each of its batches once."""
     model = network(block).train()
     fastres.fuse_(model)
@@ -202,7 +215,7 @@ def bn_act_of(x, seed=0):
     return [y, z, *torch.autograd.grad(z, [x, weight, bias], torch.ones_like(z)), *running]
 
 
-def test_two_streams():
+def test_two_streams(kernels):
     """Launches go to the current stream: work of two streams at once gives what it gives alone."""
     inputs = [
         torch.randn(32, 64, 56, 56, device=DEVICE).contiguous(memory_format=torch.channels_last) for _ in range(2)
@@ -221,7 +234,7 @@ def test_two_streams():
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-def test_second_device():
+def test_second_device(kernels):
     """Launches go to the device of the tensors, whichever is current."""
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one CUDA device")
@@ -233,6 +246,55 @@ def test_second_device():
     for mine, theirs in zip(got, want, strict=True):
         assert mine.device.index == 1
         torch.testing.assert_close(mine.cpu(), theirs.cpu(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_cudnn_epilogues(dtype, with_residual):
+    """Right where the numbers are, and NaN where eager has NaN."""
+    x = torch.randn(4, 32, 14, 14, device=DEVICE).to(dtype, memory_format=torch.channels_last)
+    weight, bias = (
+        torch.randn(48, 32, 3, 3, device=DEVICE, dtype=dtype) * 0.1,
+        torch.randn(48, device=DEVICE, dtype=dtype),
+    )
+    residual = torch.randn(4, 48, 14, 14, device=DEVICE).to(dtype, memory_format=torch.channels_last)
+    residual = residual if with_residual else None
+
+    def eager(x, weight, bias, residual):
+        y = F.conv2d(x, weight, bias, padding=1)
+        return F.relu(y if residual is None else y + residual)
+
+    with fastres.use_kernels("cudnn"):
+        got = functional.conv_bias_act(x, weight, bias, residual, padding=1)
+        truth = eager(*(t if t is None else t.double() for t in (x, weight, bias, residual)))
+        error = relative_error(eager(x, weight, bias, residual), truth)
+        assert relative_error(got, truth) <= budget(error, dtype)
+        x[0, 0, 3, 3] = float("nan")
+        got = functional.conv_bias_act(x, weight, bias, residual, padding=1)
+    assert torch.equal(got.isnan(), eager(x, weight, bias, residual).isnan())
+
+
+@blocks
+def test_graphed_inference(block):
+    """A graph a shape; weights that move, and weights written in place."""
+    model = network(block).eval()
+    fastres.fuse_(model)
+    data = [x.clone() for x, _ in itertools.islice(batches(3), 3)]
+    run = fastres.graphed(model, data[0])
+    with torch.no_grad():
+        for x in (*data, data[0][:3]):
+            assert torch.equal(run(x), model(x))
+        model.fc.bias.add_(1.0)
+        assert torch.equal(run(data[0]), model(data[0]))
+        model.conv1.weight.data = model.conv1.weight.data * 2
+        assert torch.equal(run(data[0]), model(data[0]))
+
+
+def test_ten_runs_give_the_same_bits(kernels):
+    x = torch.randn(64, 64, 56, 56, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    want = bn_act_of(x)
+    for _ in range(9):
+        assert all(torch.equal(a, b) for a, b in zip(bn_act_of(x), want, strict=True))
 
 
 LARGE = (2**15 + 8, 64, 32, 32)  # more than 2^31 values
@@ -253,7 +315,7 @@ def large():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_add_act_of_more_than_2_to_31_values(large, layout):
+def test_add_act_of_more_than_2_to_31_values(kernels, large, layout):
     x, residual = large(layout), large(layout)
     y = functional.add_act(x, residual)
     for part in (slice(0, LAST), slice(-LAST, None)):
@@ -265,7 +327,7 @@ def test_add_act_of_more_than_2_to_31_values(large, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bn_act_of_more_than_2_to_31_values(large, layout):
+def test_bn_act_of_more_than_2_to_31_values(kernels, large, layout):
     x, residual = large(layout), large(layout)
     weight, bias = (torch.rand(LARGE[1], device=DEVICE) + 0.5 for _ in range(2))
     bn_act, backward = torch.ops.fastres.bn_act, torch.ops.fastres.bn_act_backward

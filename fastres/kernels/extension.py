@@ -1,4 +1,5 @@
-"""Loads the compiled kernels, fastres._C, once, or keeps the reason why not. FASTRES_NO_EXT=1 leaves them out."""
+"""Loads the compiled kernels, fastres._C for CPUs and fastres._cuda for GPUs, once, or keeps the reason why not.
+FASTRES_NO_EXT=1 leaves them out."""
 
 from __future__ import annotations
 
@@ -19,24 +20,38 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 error: str | None = None
 
 
+#: Why the compiled kernels for CUDA are not loaded, or None. Set by `load`.
+cuda_error: str | None = None
+
+
 @cache
 def load() -> None:
-    """Loads fastres._C, which registers the ops of torch.ops.fastres_cpu. Runs when this module is imported."""
-    global error
-    if os.environ.get("FASTRES_NO_EXT") == "1":
-        error = "FASTRES_NO_EXT=1 leaves the compiled kernels out"
-    elif not any((_PACKAGE / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):  # beside us, nobody else's
-        reason = build_info().get("error") or "this source tree was not built: `pip install -e .` does that"
-        error = f"fastres._C is not there: {reason}"
+    """Loads fastres._C, which registers the ops of torch.ops.fastres_cpu, and where PyTorch has CUDA fastres._cuda and
+    its torch.ops.fastres_cuda. Runs when this module is imported."""
+    global error, cuda_error
+    error = _load("_C", build_info().get("error") or "this source tree was not built: `pip install -e .` does that")
+    if torch.version.cuda is None:  # the binary would not find the functions of libtorch_cuda
+        cuda_error = "this PyTorch is built without CUDA"
     else:
-        try:
-            importlib.import_module("fastres._C")
-        except Exception as e:  # a binary for another processor, PyTorch or operating system: fastres works without it
-            error = f"fastres._C does not load: {type(e).__name__}: {e}"
+        cuda_error = _load("_cuda", build_info().get("cuda", {}).get("error") or "fastres was built without it")
+
+
+def _load(name: str, missing: str) -> str | None:
+    """Imports fastres.NAME, or says why not; missing: why there may be no such file."""
+    if os.environ.get("FASTRES_NO_EXT") == "1":
+        return "FASTRES_NO_EXT=1 leaves the compiled kernels out"
+    if not any((_PACKAGE / f"{name}{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):  # beside us, nobody else's
+        return f"fastres.{name} is not there: {missing}"
+    try:
+        importlib.import_module(f"fastres.{name}")
+    except Exception as e:  # a binary for another processor, PyTorch or operating system: fastres works without it
+        return f"fastres.{name} does not load: {type(e).__name__}: {e}"
+    return None
 
 
 def build_info() -> dict[str, Any]:
-    """What setup.py wrote about its build: compiled, error, torch, compiler, flags. Empty if it never ran."""
+    """What setup.py wrote about its build: compiled, error, torch, compiler, flags, and the same under "cuda". Empty if
+    it never ran."""
     path = _PACKAGE / "_build_info.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -49,6 +64,11 @@ def available() -> bool:
 def load_error() -> str | None:
     """Why the compiled kernels are not loaded, or None."""
     return error
+
+
+def cuda_load_error() -> str | None:
+    """Why the compiled kernels for CUDA are not loaded, or None."""
+    return cuda_error
 
 
 def same_attributes(*args: tuple[Any, ...]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastres import reference, reference_join, synchronised_reference
-from fastres.kernels import convolution, cpu, onednn, triton
+from fastres.kernels import choices, convolution, cpu, cuda, cudnn, onednn, triton
 
 
 class PackedConvolution(Protocol):
@@ -57,6 +57,10 @@ def _cpu(op: str) -> Kernel:
 
 def _triton(op: str, module: str, why_not: Callable[..., str | None] = triton.why_not) -> Kernel:
     return Kernel("triton", triton.kernel(module, op), triton.unavailable, why_not)
+
+
+def _cuda(op: str, why_not: Callable[..., str | None] = cuda.why_not) -> Kernel:
+    return Kernel("cuda", getattr(cuda, op), cuda.unavailable, why_not)
 
 
 _BATCH_NORM_OPS = (
@@ -113,22 +117,28 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         )
     },
     **{
-        (op, "cuda"): [_triton(op, module), _reference(op)]
+        (op, "cuda"): [_triton(op, module), _cuda(op), _reference(op)]
         for module, ops in (
             ("batch_norm", ("bn_act", "bn_act_backward")),
             ("elementwise", ("add_act", "add_act_backward")),
-            ("join", ("bn_add_bn_act", "bn_add_bn_act_backward")),
-            ("convolution_ops", ("conv_bias_act",)),
         )
         for op in ops
     },
+    **{(op, "cuda"): [_triton(op, "join"), _reference(op)] for op in ("bn_add_bn_act", "bn_add_bn_act_backward")},
     ("bn_act_maxpool", "cuda"): [
         _triton("bn_act_maxpool", "pool", triton.bn_act_maxpool_why_not),
+        _cuda("bn_act_maxpool"),
         _reference("bn_act_maxpool"),
     ],
     ("bn_act_maxpool_backward", "cuda"): [
         _triton("bn_act_maxpool_backward", "pool", triton.bn_act_maxpool_backward_why_not),
+        _cuda("bn_act_maxpool_backward"),
         _reference("bn_act_maxpool_backward"),
+    ],
+    ("conv_bias_act", "cuda"): [
+        _triton("conv_bias_act", "convolution_ops"),
+        Kernel("cudnn", cudnn.conv_bias_act, cudnn.unavailable, cudnn.why_not),
+        _reference("conv_bias_act"),
     ],
     ("conv1x1_bn_act", "cuda"): [
         _triton("conv1x1_bn_act", "algebraic", triton.conv1x1_bn_act_why_not),
@@ -140,14 +150,17 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
     ],
     ("conv_bn_act", "cuda"): [
         _triton("conv_bn_act", "convolution_ops", triton.conv_bn_act_why_not),
+        _cuda("conv_bn_act", cuda.conv_bn_act_why_not),
         _reference("conv_bn_act"),
     ],
     ("conv_bn_act_backward", "cuda"): [
         _triton("conv_bn_act_backward", "convolution_ops", triton.conv_bn_act_backward_why_not),
+        _cuda("conv_bn_act_backward", cuda.conv_bn_act_backward_why_not),
         _reference("conv_bn_act_backward"),
     ],
     ("update_running_stats_", "cuda"): [
         _triton("update_running_stats_", "statistics", lambda *args: None),
+        _cuda("update_running_stats_", cuda.update_why_not),
         _reference("update_running_stats_"),
     ],
 }
@@ -174,6 +187,13 @@ def kernels(op: str, device_type: str) -> list[Kernel]:
     return [kernel for kernel in found if kernel.name in _forced]
 
 
+def candidates(op: str, args: tuple[Any, ...]) -> list[Kernel]:
+    """The kernels that may serve this call, best first; if measured on this GPU, the fastest before the others."""
+    found = kernels(op, args[0].device.type)
+    name = choices.preferred(op, args[0]) if _forced is None else None
+    return found if name is None else sorted(found, key=lambda kernel: kernel.name != name)
+
+
 def select(op: str, args: tuple[Any, ...]) -> Kernel:
     """The kernel that serves this call.
 
@@ -181,7 +201,7 @@ def select(op: str, args: tuple[Any, ...]) -> Kernel:
         RuntimeError: if `use_kernels` leaves none, with the reason of each.
     """
     reasons = []
-    for kernel in kernels(op, args[0].device.type):
+    for kernel in candidates(op, args):
         reason = kernel.unavailable() or kernel.why_not(*args)
         if reason is None:
             return kernel
@@ -221,7 +241,8 @@ def use_kernels(*names: str) -> Iterator[None]:
     """Only the named kernels serve inside the `with` block, in the whole process: for tests and benchmarks.
 
     Args:
-        names: "reference", "cpu", "onednn", "triton"; in the table's order of preference, whatever the order here.
+        names: "reference", "cpu", "onednn", "triton", "cuda", "cudnn"; in the table's order of preference, whatever
+            the order here.
 
     Raises:
         ValueError: for a name that no kernel has.

@@ -1,83 +1,21 @@
-"""The convolution ops on GPUs: ATen's convolution (cuDNN, MIOpen), then one pass of our own kernels."""
+"""The convolution ops with the Triton kernels: fastres/kernels/aten.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastres import layout, reference
-from fastres.kernels import convolution
+from fastres.kernels import aten
 from fastres.kernels.triton import batch_norm, elementwise
 
-
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    y = torch.ops.aten.convolution(x, layout.plain(weight), bias, stride, padding, dilation, False, [0, 0], groups)
-    return layout.in_format(y, reference.conv_format(x, weight))
+conv_bn_act = aten.conv_bn_act(batch_norm.bn_act)
+conv_bn_act_backward = aten.conv_bn_act_backward(batch_norm.bn_act_backward)
 
 
 def conv_bias_act(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *options: Any) -> Tensor:
     *geometry, relu = options
-    y = _convolution(x, weight, bias, tuple(geometry))
+    y = aten.convolve(x, weight, bias, tuple(geometry))
     if residual is not None:
         return elementwise.add_act(y, residual, relu)
     return y.relu_() if relu else y
-
-
-def conv_bn_act(
-    x: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    raw = _convolution(x, conv_weight, conv_bias, (stride, padding, dilation, groups))
-    y, mean, var, mask = batch_norm.bn_act(raw, weight, bias, running_mean, running_var, residual, *options)
-    return y, raw, mean, var, mask
-
-
-def conv_bn_act_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    conv_weight: Tensor,
-    raw: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    mask: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    training: bool,
-    eps: float,
-    relu: bool,
-    need_x: bool,
-    need_conv_weight: bool,
-    need_conv_bias: bool,
-    need_affine: bool,
-    need_residual: bool,
-    addend: Tensor | None,
-) -> tuple[Tensor, ...]:
-    needed = (need_x, need_conv_weight, need_conv_bias)
-    grad_raw, grad_weight, grad_bias, grad_residual = batch_norm.bn_act_backward(
-        grad_y, raw, weight, bias, mean, var, mask, training, eps, relu, any(needed), need_affine, need_residual
-    )
-    grads: Any = (None, None, None)
-    if any(needed):
-        geometry = (stride, padding, dilation, groups)
-        grads = convolution.aten_backward(grad_raw, x, conv_weight, need_conv_bias, geometry, needed)
-        if grads[0] is not None and addend is not None:
-            grads[0] += addend
-    return (*(x.new_empty(0) if g is None else g for g in grads), grad_weight, grad_bias, grad_residual)

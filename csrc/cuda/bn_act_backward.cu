@@ -1,0 +1,120 @@
+// The backward of bn_act: a reduction to the gradients of weight and bias, then grad_x.
+#include "reduce.cuh"
+
+namespace fastres::cuda {
+namespace {
+
+constexpr int kUnroll = 2;
+constexpr int kBlocks = 4;  // of a multiprocessor, for apply
+
+// What the ReLU lets through of the gradient g of value i.
+template <class W>
+__device__ float behind_relu(Relu relu, const Normalise<W>& normalise, float g, float x, unsigned bits, int i) {
+  if (relu == Relu::kRecomputed) return normalise(x, i) <= 0.0f ? 0.0f : g;
+  if (relu == Relu::kMasked) return bits >> i & 1 ? g : 0.0f;
+  return g;
+}
+
+template <class T, bool kChannelsLast, int kWidth>
+__global__ void __launch_bounds__(kThreads, kResident)
+    backward_reduce_kernel(View view, Norm norm, Gradient gradient, Reduced reduced, Workspace work) {
+  FASTRES_SHARED(NormShared, norm_shared);
+  FASTRES_SHARED(SumsShared, shared);
+  using W = Walk<kChannelsLast, kWidth>;
+  const W walk(view);
+  const Normalise<W> normalise(walk, norm, norm_shared);
+  const T *grad = static_cast<const T*>(gradient.grad_y), *x = static_cast<const T*>(gradient.x);
+  T* masked = static_cast<T*>(reduced.masked);
+  float sums[W::kOwn] = {}, products[W::kOwn] = {};
+  for (int64_t tile = blockIdx.y; tile < view.tiles; tile += kUnroll * static_cast<int64_t>(gridDim.y)) {
+    Pack<T, kWidth> grads[kUnroll], values[kUnroll];
+    Place places[kUnroll];
+    unsigned bits[kUnroll] = {};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      places[u] = walk.at(tile + u * static_cast<int64_t>(gridDim.y));
+      if (!places[u].exists) continue;
+      grads[u] = load<kWidth>(grad + places[u].offset);
+      values[u] = load<kWidth>(x + places[u].offset);
+      if (gradient.relu == Relu::kMasked) bits[u] = load_mask<kWidth>(gradient.mask, places[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (!places[u].exists) continue;
+      float g[kWidth];
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const int k = W::own(i);
+        g[i] = behind_relu(gradient.relu, normalise, grads[u][i], values[u][i], bits[u], i);
+        sums[k] += g[i];
+        products[k] = fmaf(g[i], values[u][i] - normalise.near[k], products[k]);
+      }
+      if (masked) store(masked + places[u].offset, g);
+    }
+  }
+  reduce(walk, sums, products, work, shared, [&](int64_t channel, double total, double product) {
+    finish_gradient(norm, reduced, gradient.training, view.channels, view.count(), channel, total, product);
+  });
+}
+
+template <class T, bool kChannelsLast, int kWidth>
+__global__ void __launch_bounds__(kThreads, kResident)
+    backward_apply_kernel(View view, Norm norm, Gradient gradient, const float* factors, T* grad_x) {
+  FASTRES_SHARED(NormShared, shared);
+  using W = Walk<kChannelsLast, kWidth>;
+  const W walk(view);
+  const Normalise<W> normalise(walk, norm, shared);
+  const Factors<W> factor(walk, factors, normalise);
+  const T *grad = static_cast<const T*>(gradient.grad_y), *x = static_cast<const T*>(gradient.x);
+  const bool needs_x = gradient.training || gradient.relu == Relu::kRecomputed;
+  for (int64_t turn = blockIdx.y; turn < view.tiles; turn += kUnroll * static_cast<int64_t>(gridDim.y)) {
+    Pack<T, kWidth> grads[kUnroll], values[kUnroll];
+    Place places[kUnroll];
+    unsigned bits[kUnroll] = {};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t tile = view.tiles - 1 - (turn + u * static_cast<int64_t>(gridDim.y));
+      places[u] = walk.at(tile < 0 ? 0 : tile);
+      places[u].exists = places[u].exists && tile >= 0;
+      if (!places[u].exists) continue;
+      grads[u] = load<kWidth>(grad + places[u].offset);
+      values[u] = needs_x ? load<kWidth>(x + places[u].offset) : grads[u];
+      if (gradient.relu == Relu::kMasked) bits[u] = load_mask<kWidth>(gradient.mask, places[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (!places[u].exists) continue;
+      float out[kWidth];
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const float g = behind_relu(gradient.relu, normalise, grads[u][i], values[u][i], bits[u], i);
+        out[i] = factor(g, values[u][i] - normalise.near[W::own(i)], gradient.training, i);
+      }
+      store(grad_x + places[u].offset, out);
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t backward_reduce(const Shape& shape, const Norm& norm, const Gradient& gradient, const Reduced& reduced,
+                            const Workspace& work, const Queue& queue) {
+  return with_view(shape, aligned(gradient.grad_y, gradient.x, reduced.masked), queue, kReduceBlocks,
+                   [&](auto type, auto channels_last, auto width, const View& view, dim3 grid) {
+                     using T = typename decltype(type)::type;
+                     return launch(backward_reduce_kernel<T, channels_last.value, width.value>, grid, queue, view, norm,
+                                   gradient, reduced, work);
+                   });
+}
+
+cudaError_t backward_apply(const Shape& shape, const Norm& norm, const Gradient& gradient, const float* factors,
+                           void* grad_x, const Queue& queue) {
+  return with_view(shape, aligned(gradient.grad_y, gradient.x, grad_x), queue, kBlocks,
+                   [&](auto type, auto channels_last, auto width, const View& view, dim3 grid) {
+                     using T = typename decltype(type)::type;
+                     return launch(backward_apply_kernel<T, channels_last.value, width.value>, grid, queue, view, norm,
+                                   gradient, factors, static_cast<T*>(grad_x));
+                   });
+}
+
+}  // namespace fastres::cuda

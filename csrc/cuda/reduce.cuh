@@ -1,0 +1,120 @@
+// Two sums a channel over a whole activation, in one launch and in a fixed order.
+//
+// A block adds what its threads have, in shared memory; the last block of a group of channels, which a counter tells, adds
+// what all blocks left, in double.
+#pragma once
+
+#include "tile.cuh"
+
+namespace fastres::cuda {
+
+constexpr int kReduceBlocks = 4;  // of a multiprocessor
+
+struct SumsShared {
+  float values[kThreads * 2 * kWide];  // [row][sum][channel]
+  float parts[2 * kMostChannels];      // [part][sum][channel], also below
+  double totals[2 * kMostChannels];
+  bool last;
+};
+
+// Threads that share the work on one of so many sums.
+__device__ inline int parts_of(int sums) {
+  const int parts = kThreads / sums;
+  return parts < 1 ? 1 : parts > kWarp ? kWarp : parts;
+}
+
+// finish(channel, sum of all a, sum of all b), by one thread for each channel.
+template <class W, class Finish>
+__device__ inline void reduce(const W& walk, const float (&a)[W::kOwn], const float (&b)[W::kOwn],
+                              const Workspace& work, SumsShared& shared, const Finish& finish) {
+  const int thread = threadIdx.x, channels = walk.channels(), sums = 2 * channels, rows = kThreads / walk.view.lanes;
+  for (int i = 0; i < W::kOwn; ++i) {
+    shared.values[walk.row * sums + walk.lane * W::kOwn + i] = a[i];
+    shared.values[walk.row * sums + channels + walk.lane * W::kOwn + i] = b[i];
+  }
+  __syncthreads();
+  const int parts = parts_of(sums);
+  for (int i = thread; i < sums * parts; i += kThreads) {
+    float sum = 0.0f;
+    for (int row = i / sums; row < rows; row += parts) sum += shared.values[row * sums + i % sums];
+    shared.parts[i] = sum;
+  }
+  __syncthreads();
+  for (int i = thread; i < sums; i += kThreads) {
+    float sum = 0.0f;
+    for (int part = 0; part < parts; ++part) sum += shared.parts[part * sums + i];
+    const int c = i % channels;
+    if (walk.has(c)) {
+      work.partial[(static_cast<int64_t>(blockIdx.y) * 2 + i / channels) * walk.view.channels + walk.first + c] = sum;
+    }
+  }
+  __syncthreads();
+  if (thread == 0) {
+    __threadfence();  // of what the whole block wrote
+    shared.last = atomicInc(work.tickets + blockIdx.x, gridDim.y - 1) == gridDim.y - 1;  // which leaves 0
+    __threadfence();
+  }
+  __syncthreads();
+  if (!shared.last) return;
+  for (int i = thread; i < sums * parts; i += kThreads) {
+    double sum = 0.0;
+    const int c = i % sums % channels, which = i % sums / channels;
+    if (walk.has(c)) {
+      const float* partial = work.partial + which * walk.view.channels + walk.first + c;
+      for (int split = i / sums; split < static_cast<int>(gridDim.y); split += parts) {
+        sum += partial[static_cast<int64_t>(split) * 2 * walk.view.channels];
+      }
+    }
+    shared.totals[i] = sum;
+  }
+  __syncthreads();
+  for (int c = thread; c < channels; c += kThreads) {
+    double first = 0.0, second = 0.0;
+    for (int part = 0; part < parts; ++part) {
+      first += shared.totals[part * sums + c];
+      second += shared.totals[part * sums + channels + c];
+    }
+    if (walk.has(c)) finish(walk.first + c, first, second);
+  }
+}
+
+// What the last block makes of sum g and sum g * (x - near).
+__device__ inline void finish_gradient(const Norm& norm, const Reduced& out, bool training, int64_t channels,
+                                       int64_t count, int64_t channel, double total, double product) {
+  const Coefficients c = coefficients(norm, channel);
+  const double rest = isfinite(c.mean) ? c.near - c.mean : 0.0;
+  product += rest * total;  // of g and x - mean
+  if (out.grad_weight) {
+    out.grad_weight[channel] = static_cast<float>(product * c.inverse);
+    out.grad_bias[channel] = static_cast<float>(total);
+  }
+  if (out.factors) {
+    const double slope = training ? c.inverse * c.inverse * product / count : 0.0;
+    const double constant = training ? total / count + slope * rest : 0.0;
+    out.factors[channel] = c.scale;
+    out.factors[channels + channel] = static_cast<float>(constant);
+    out.factors[2 * channels + channel] = static_cast<float>(slope);
+  }
+}
+
+// The factors of a thread's channels, from memory; those of running statistics where there are none.
+template <class W>
+struct Factors {
+  float scale[W::kOwn], constant[W::kOwn], slope[W::kOwn];
+  __device__ Factors(const W& walk, const float* factors, const Normalise<W>& normalise) {
+    const int64_t channels = walk.view.channels;
+    for (int k = 0; k < W::kOwn; ++k) {
+      const bool there = factors && walk.channel + k < channels;
+      scale[k] = there ? factors[walk.channel + k] : normalise.scale[k];
+      constant[k] = there ? factors[channels + walk.channel + k] : 0.0f;
+      slope[k] = there ? factors[2 * channels + walk.channel + k] : 0.0f;
+    }
+  }
+  // Of x for the gradient g behind the ReLU; centred = x - near.
+  __device__ float operator()(float g, float centred, bool training, int i) const {
+    const int k = W::own(i);
+    return (training ? fmaf(-slope[k], centred, g - constant[k]) : g) * scale[k];
+  }
+};
+
+}  // namespace fastres::cuda
