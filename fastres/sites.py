@@ -207,7 +207,7 @@ def bn_act(bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None =
     if residual is not None and not _fits(residual, x.shape, x):
         return _add_separately(bn_act(bn, x, act="identity"), residual, act)
     training, momentum, counter = _tracked(bn)
-    return functional.bn_act(
+    y = functional.bn_act(
         x,
         *_running(bn),
         bn.weight,
@@ -219,6 +219,8 @@ def bn_act(bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None =
         act=act,
         num_batches_tracked=counter,
     )
+    replay.note(lambda x, residual, relu: bn_act(bn, x, act=act, residual=residual), x, residual, act == "relu", y)
+    return y
 
 
 def bn_act_maxpool(bn: nn.BatchNorm2d, pool: Any, x: Tensor, *, act: str) -> Tensor:
@@ -285,6 +287,31 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
         groups=groups,
         act="identity",
     )
+
+
+def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
+    """conv(x) + residual: in inference with packed weights, else conv_bias_act. The caller has asked `blocked`."""
+    if not (torch.is_grad_enabled() and _wants_gradient(conv, None, x, residual)):
+        kept = folding.folded(conv, None, x)
+        if kept is not None and _fits(residual, kept[1], x):
+            y = kept[0](x, residual, False)
+            replay.note(kept[0], x, residual, False, y)
+            return y
+    stride, padding, dilation, groups = folding.geometry(conv)
+    shape = arguments.check_convolution(x, conv.weight, conv.bias, (stride, padding, dilation, groups))
+    fits = _fits(residual, shape, x)
+    y = functional.conv_bias_act(
+        x,
+        conv.weight,
+        conv.bias,
+        residual if fits else None,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        act="identity",
+    )
+    return y if fits else _add_separately(y, residual, "identity")
 
 
 def zero_pad(shortcut: Any, x: Tensor) -> Tensor:
