@@ -166,7 +166,7 @@ def create_model(name: str, **kwargs: Any) -> ResNet | CifarResNet:
 
 def describe(name: str) -> str:
     """One line about a model: its network, its blocks, its parameters."""
-    return (_constructor(name).__doc__ or "").splitlines()[0]
+    return (_constructor(name).__doc__ or "").partition(".\n")[0]
 
 
 def image_size(name: str) -> int:

@@ -16,14 +16,10 @@ from fastres.models.blocks import (
     PlainBasicBlock,
     PreActBasicBlock,
     ZeroPadShortcut,
-    check_network,
     conv3x3,
-    initialise_,
-    make_stage,
-    shortcut_option,
-    without_first_activation_,
 )
 from fastres.models.constructor import constructor
+from fastres.models.stages import check_network, initialise_, make_stage, shortcut_option, without_first_activation_
 
 __all__ = ["CifarResNet", "PreActCifarResNet", "ZeroPadShortcut"]
 

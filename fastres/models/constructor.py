@@ -34,10 +34,11 @@ def constructor(
             fuse_(model)
         return model
 
+    given = "".join(f", {option}={value}" for option, value in fixed.items())
     make.__name__ = make.__qualname__ = name
     make.__module__ = network.__module__
     make.__doc__ = (
-        f"{network.__name__} of {', '.join(map(str, layers))} {block.__name__}s: {parameters:,} parameters.\n\n"
+        f"{network.__name__} of {', '.join(map(str, layers))} {block.__name__}s{given}: {parameters:,} parameters.\n\n"
         f"fused: call `fastres.fuse_` on it. options: as in `{network.__name__}`."
     )
     return make

@@ -24,13 +24,9 @@ from fastres.models.blocks import (
     PlainBottleneck,
     PreActBasicBlock,
     PreActBottleneck,
-    check_network,
-    initialise_,
-    make_stage,
-    shortcut_option,
-    without_first_activation_,
 )
 from fastres.models.constructor import constructor
+from fastres.models.stages import check_network, initialise_, make_stage, shortcut_option, without_first_activation_
 
 __all__ = ["BasicBlock", "Bottleneck", "PreActResNet", "ResNet"]
 
