@@ -202,8 +202,10 @@ def _running(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
     return bn.running_mean, bn.running_var
 
 
-def bn_act(bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None = None) -> Tensor:
-    """act(bn(x) + residual) with the module's attributes as they are now."""
+def bn_act(
+    bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None = None, recompute: bool = False
+) -> Tensor:
+    """act(bn(x) + residual) with the module's attributes as they are now. recompute: as in fastres.functional."""
     if residual is not None and not _fits(residual, x.shape, x):
         return _add_separately(bn_act(bn, x, act="identity"), residual, act)
     training, momentum, counter = _tracked(bn)
@@ -218,6 +220,7 @@ def bn_act(bn: nn.BatchNorm2d, x: Tensor, *, act: str, residual: Tensor | None =
         eps=bn.eps,
         act=act,
         num_batches_tracked=counter,
+        recompute=recompute,
     )
     replay.note(lambda x, residual, relu: bn_act(bn, x, act=act, residual=residual), x, residual, act == "relu", y)
     return y

@@ -27,7 +27,8 @@ from test_model_family import small
 from torch import Tensor, nn
 
 import fastres
-from fastres import models, replay
+from fastres import functional, models, replay
+from fastres.bench.saved import SavedTensors
 from fastres.kernels import extension
 
 #: Networks: class, block, options.
@@ -295,3 +296,31 @@ def test_a_block_of_v1_may_have_a_bare_projection() -> None:
     model.downsample = nn.Conv2d(16, 16, 1)
     for mode in ("train", "inference"):
         check(model, image(), mode)
+
+
+@pytest.mark.skipif(not extension.available(), reason="without kernels blocks run eagerly")
+@pytest.mark.parametrize("kind", BLOCKS[:2])
+def test_saves_no_activation_that_can_be_computed_again(kind: Any) -> None:
+    """Of a block in training: its input and the raw outputs of the convolutions before a batch norm, nothing else."""
+    model = one(kind, width=64)
+    fastres.fuse_(model)
+    x = image(64, n=4, size=16).requires_grad_()
+    with SavedTensors(model.train()) as saved:
+        y = model(x)
+    inner = 4 * 16 * 16 * 4 * (64 // kind.expansion)
+    raw = inner if kind.expansion == 1 else 2 * inner
+    assert x.nbytes + raw <= saved.bytes < 1.02 * (x.nbytes + raw)
+    y.sum().backward()
+
+
+def test_recomputed_activations_are_the_same_bit_for_bit() -> None:
+    x, (a, b) = image(8), (torch.randn(8, 8, 3, 3) for _ in range(2))
+    values = [t.requires_grad_() for t in (x, a, b)]
+
+    def chain(recompute: bool) -> Tensor:
+        y = functional.bn_act(x, None, None, training=True, recompute=recompute)
+        y = functional.conv_bn_act(y, a, None, None, training=True, padding=1, recompute=recompute)
+        return functional.conv_bias_act(y, b, padding=1, act="identity").sin().sum()
+
+    for got, want in zip(*(torch.autograd.grad(chain(recompute), values) for recompute in (True, False)), strict=True):
+        assert torch.equal(got, want)

@@ -1,7 +1,7 @@
 """fastres::conv_bias_act: y = act(conv(x, weight) + bias + residual), the inference form of a block once batch norm is
 folded.
 
-Saved for backward: x, weight and, with ReLU, y.
+Saved for backward: x (or what it is made from, see recompute.py), weight and, with ReLU, y.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres import layout, reference
 from fastres.kernels import convolution
-from fastres.ops import registration
+from fastres.ops import recompute, registration
 
 
 def _fake(
@@ -42,11 +42,11 @@ op = registration.define(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, _, *ctx.geometry, ctx.relu = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight, output if ctx.relu else None)
+    recompute.save(ctx, x, (weight, output if ctx.relu else None))
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    x, weight, y = ctx.saved_tensors
+    x, (weight, y) = recompute.saved(ctx)
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     g = grad_y if y is None else torch.where(y <= 0, 0.0, grad_y)
     needed = (need_x, need_weight, need_bias)

@@ -32,7 +32,7 @@ def _blocked(block: Any, x: Tensor, children: dict[str, Any]) -> bool:
 def _first(block: Any, bn1: Any, conv1: Any, bn2: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """relu(bn2(conv1(a))) and the shortcut, where a = relu(bn1(x)), or x if there is no bn1."""
     fork: list[Tensor] = []
-    activated = x if bn1 is None else sites.bn_act(bn1, x, act="relu")
+    activated = x if bn1 is None else sites.bn_act(bn1, x, act="relu", recompute=True)
     y = sites.conv_bn_act(conv1, bn2, activated, act="relu", recompute=True, fork=fork)
     if bn1 is not None and block.downsample is None:
         return y, x
