@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -234,7 +235,7 @@ def test_state_copies_and_undoing(kind: Any) -> None:
     fused = copy.deepcopy(model)
     fastres.fuse_(fused)
     assert isinstance(fused, kind) and (repr(fused), list(fused.state_dict())) == before[:2]
-    again = copy.deepcopy(fused)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(fused)))
     x = image()
     with watched() as seen:
         outcome = step(again, x, "train")

@@ -82,3 +82,25 @@ def test_command_prints_layers(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert max(map(len, out.splitlines())) <= 120
     found = json.loads((tmp_path / "layers.json").read_text())
     assert found["parameters"] == 25_557_032 and found["layers"][0]["shape"] == [1, 64, 112, 112]
+
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+
+
+def test_code_of_the_document_runs() -> None:
+    scope: dict[str, object] = {}
+    blocks = DOCUMENT.read_text().split("```python\n")[1:]
+    for block in blocks:
+        exec(block.partition("```")[0], scope)
+    assert len(blocks) == 3 and isinstance(scope["model"], models.CifarResNet)
+
+
+def test_table_of_the_document() -> None:
+    rows = [line.strip("| \n").split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
+    found = {row[0]: row[2:] for row in rows if row[0] in ("18", "50")}
+    for depth, cells in found.items():
+        names = (f"resnet{depth}_v1", f"resnet{depth}", f"resnet{depth}_v2", f"plain{depth}")
+        for name, cell in zip(names, cells, strict=True):
+            s = summarise(on_meta(name), (1, 3, 224, 224))
+            assert cell == f"{s.parameters / 1e6:.2f}, {s.multiply_adds / 1e9:.2f}"
+    assert len(found) == 2
