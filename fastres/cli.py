@@ -1,4 +1,4 @@
-"""The `fastres` command: bench, verify, explain, doctor.
+"""The `fastres` command: bench, verify, explain, models, doctor.
 
 Wrong input is one line on stderr and exit code 2; a check that fails is exit code 1.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastres import cli_models
 from fastres.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(add)
     _add_verify(add)
     _add_explain(add)
+    cli_models.add_command(add)
     _add_doctor(add)
     return parser
 

@@ -33,6 +33,7 @@ def bn_act(
     eps: float = 1e-5,
     act: str = "relu",
     num_batches_tracked: Tensor | None = None,
+    recompute: bool = False,
     process_group: Any = None,
 ) -> Tensor:
     """Batch norm, then the residual, then the activation: act(batch_norm(x) + residual).
@@ -48,6 +49,7 @@ def bn_act(
         act: "relu" or "identity".
         num_batches_tracked: if given, 1 / num_batches_tracked is used as momentum (cumulative average); read on its
         device.
+        recompute: as in :func:`conv_bn_act`.
         process_group: if `training`, use the statistics of the batches of all processes of this group of
             torch.distributed, as torch.nn.SyncBatchNorm does: they may be of different sizes, or empty. All of them
             have to make this call, and its backward. CPU only (NotImplementedError); no gradients of gradients.
@@ -70,6 +72,8 @@ def bn_act(
         y, mean, var, _ = ops.bn_act.call(
             x, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask
         )
+    if recompute and residual is None and group is None and _wants_gradient(x, weight, bias):
+        ops.recompute.offer(y, (x, weight, bias, mean, var), eps, relu, ops.bn_act.again)
     _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
     return y
 
@@ -216,9 +220,9 @@ def conv_bn_act(
     With running statistics and no gradient wanted, batch norm is folded into the convolution on the fly.
 
     Args:
-        recompute: if the result is the input of another conv_bn_act, that one saves what it is made from in its place,
-            and computes it again in backward, bit for bit: its memory is free in between. The result must not be
-            written to in a way that autograd does not see (`.data`).
+        recompute: if the result is the input of another conv_bn_act, or of conv_bias_act, that one saves what it is
+            made from in its place, and computes it again in backward, bit for bit: its memory is free in between. The
+            result must not be written to in a way that autograd does not see (`.data`).
         fork: x is appended to it, for the shortcut around this convolution: the gradient of that x is added to x's
             inside the convolution's backward, which saves a pass of autograd's.
     """

@@ -132,8 +132,15 @@ def _unlike_recipe(module: nn.Module, new: Any) -> str | None:
     code = getattr(method, "__code__", None)
     if code is None or set(code.co_names) != new.forward_names:
         return f"{type(module).__name__}.{new.forward_method} is not the one the recipe was written for"
-    missing = [child for child in new.fused_children if not isinstance(getattr(module, child, None), nn.Module)]
+    children = _taken_over(module, new)
+    missing = [name for name, child in children.items() if not isinstance(child, nn.Module)]
     return f"no child module {missing[0]}" if missing else None
+
+
+def _taken_over(block: nn.Module, new: Any) -> dict[str, Any]:
+    """The children that the fused forward stands in for, by name; None for one that is missing and must not be."""
+    children = {name: getattr(block, name, None) for name in new.fused_children}
+    return {name: c for name, c in children.items() if c is not None or name not in new.optional_children}
 
 
 def _claim(
@@ -146,12 +153,11 @@ def _claim(
 ) -> None:
     """Notes the rows of the children that a block's fused forward takes over."""
     prefix = f"{name}." if name else ""
-    children = {f"{prefix}{child}": getattr(block, child) for child in new.fused_children if hasattr(block, child)}
-    roles = (sites.child_blocked(path.removeprefix(prefix), child) for path, child in children.items())
-    main = reason or next(filter(None, roles), None)
-    for path, child in children.items():
-        note = batch_norm.note(child)
-        claimed[child] = (Row(path, kind_of(child) or "act", main is None, main or "", note=note), block)
+    children = {child: module for child, module in _taken_over(block, new).items() if module is not None}
+    main = reason or next(filter(None, (sites.child_blocked(role, child) for role, child in children.items())), None)
+    for role, child in children.items():
+        row = Row(f"{prefix}{role}", kind_of(child) or "act", main is None, main or "", note=batch_norm.note(child))
+        claimed[child] = (row, block)
     downsample = getattr(block, "downsample", None)
     if type(downsample) is nn.Sequential and len(downsample) == 2 and kind_of(downsample[0]) == "conv":
         why = reason or next(filter(None, map(sites.child_blocked, ("conv", "bn"), downsample)), None)

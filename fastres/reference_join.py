@@ -74,11 +74,11 @@ def bn_add_bn_act_backward(
     if mask is not None:
         g = torch.where(layout.unpack_mask(mask, x.shape, layout.is_channels_last(x)), g, 0.0)
     vector, found = vector_dtype(x), []
-    for values, gamma, statistics, mode, need, affine in (
+    for values, gamma, moments, mode, need, affine in (
         (x, weight, (mean, var), (training, eps), need_x, need_affine),
         (other, other_weight, (other_mean, other_var), (other_training, other_eps), need_other, need_other_affine),
     ):
-        grad, grad_weight, grad_bias = _bn_gradients(g, values, gamma, *statistics, *mode)
+        grad, grad_weight, grad_bias = _bn_gradients(g, values, gamma, *moments, *mode)
         found.append(torch.empty_like(x).copy_(grad) if need else x.new_empty(0))
         found += [v.to(vector) if affine else x.new_empty(0, dtype=vector) for v in (grad_weight, grad_bias)]
     return found[0], found[1], found[2], found[3], found[4], found[5]

@@ -166,11 +166,11 @@ def _max_pool_blocked(pool: Any) -> str | None:
     return None
 
 
-def bn_act(bn: BatchNorm, x: Tensor, *, act: str, residual: Tensor | None = None) -> Tensor:
-    """act(bn(x) + residual) with the module's attributes as they are now."""
+def bn_act(bn: BatchNorm, x: Tensor, *, act: str, residual: Tensor | None = None, recompute: bool = False) -> Tensor:
+    """act(bn(x) + residual) with the module's attributes as they are now. recompute: as in fastres.functional."""
     if residual is not None and not _fits(residual, x.shape, x):
         return _add_separately(bn_act(bn, x, act="identity"), residual, act)
-    return functional.bn_act(
+    y = functional.bn_act(
         x,
         *batch_norm.running(bn),
         bn.weight,
@@ -178,7 +178,10 @@ def bn_act(bn: BatchNorm, x: Tensor, *, act: str, residual: Tensor | None = None
         residual,
         act=act,
         **batch_norm.options(bn),
+        recompute=recompute,
     )
+    replay.note(lambda x, residual, relu: bn_act(bn, x, act=act, residual=residual), x, residual, act == "relu", y)
+    return y
 
 
 def bn_act_maxpool(bn: BatchNorm, pool: Any, x: Tensor, *, act: str) -> Tensor:
@@ -241,6 +244,31 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
         groups=groups,
         act="identity",
     )
+
+
+def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
+    """conv(x) + residual: in inference with packed weights, else conv_bias_act. The caller has asked `blocked`."""
+    if not (torch.is_grad_enabled() and wants_gradient(conv, None, x, residual)):
+        kept = folding.folded(conv, None, x)
+        if kept is not None and _fits(residual, kept[1], x):
+            y = kept[0](x, residual, False)
+            replay.note(kept[0], x, residual, False, y)
+            return y
+    stride, padding, dilation, groups = folding.geometry(conv)
+    shape = arguments.check_convolution(x, conv.weight, conv.bias, (stride, padding, dilation, groups))
+    fits = _fits(residual, shape, x)
+    y = functional.conv_bias_act(
+        x,
+        conv.weight,
+        conv.bias,
+        residual if fits else None,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        act="identity",
+    )
+    return y if fits else _add_separately(y, residual, "identity")
 
 
 def zero_pad(shortcut: Any, x: Tensor) -> Tensor:

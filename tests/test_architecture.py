@@ -26,9 +26,9 @@ LAYERS = (
     ("replay", "batch_norm"),
     ("folding",),
     ("report", "sites"),
-    ("nn", "recipes", "models", "fuse", "explain", "images", "testing"),
+    ("nn", "recipes", "models", "fuse", "explain", "summary", "images", "testing"),
     ("verify", "bench", "doctor"),
-    ("cli", "__main__", "__init__"),
+    ("cli", "cli_models", "__main__", "__init__"),
 )
 #: Imported when a function runs, not when its module is loaded, so no cycle: a model fuses itself.
 LATE = {("models", "fuse")}

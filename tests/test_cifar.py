@@ -15,12 +15,12 @@ from fastres.recipes.residual import FusedModule
 
 #: Parameters; the paper's table 6 says 0.27, 0.46, 0.66, 0.85, 1.7 and 19.4 million.
 PARAMETERS = {
-    "resnet20": 269_722,
-    "resnet32": 464_154,
-    "resnet44": 658_586,
-    "resnet56": 853_018,
-    "resnet110": 1_727_962,
-    "resnet1202": 19_421_274,
+    20: 269_722,
+    32: 464_154,
+    44: 658_586,
+    56: 853_018,
+    110: 1_727_962,
+    1202: 19_421_274,
 }
 #: After the stem and after each stage.
 SHAPES = [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
@@ -34,22 +34,30 @@ def image32(n=2, size=32, **options):
     return image(3, n=n, size=size, **options)
 
 
+#: Residual, pre-activation and plain twins have the same convolutions and batch norms, in another order.
+TWINS = ("resnet{}", "resnet{}_v2", "plain{}")
+
+
 def test_all_are_listed():
-    assert [name for name in models.list_models() if models.image_size(name) == 32] == list(PARAMETERS)
+    assert [name for name in models.list_models() if models.image_size(name) == 32] == [
+        twin.format(depth) for twin in TWINS for depth in PARAMETERS
+    ]
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize(
+    "name", [twin.format(depth) for depth in PARAMETERS for twin in TWINS[: 3 if depth < 1000 else 1]]
+)
 def test_sizes_are_the_papers(name):
+    depth = int("".join(filter(str.isdigit, name.removesuffix("_v2"))))
     with torch.device("meta"):
         model = models.create_model(name, fused=False)
         x, shapes = torch.empty(1, 3, 32, 32), []
         for stage in (nn.Sequential(model.conv1, model.bn1, model.relu), model.layer1, model.layer2, model.layer3):
             x = stage(x)
             shapes.append(x.shape[1:])
-    depth = int(name.removeprefix("resnet"))
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) + 1 == depth  # and the linear layer; the shortcuts have none
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[depth]
     assert shapes == SHAPES
 
 
@@ -61,7 +69,7 @@ def test_shortcut_without_parameters():
     a, b = (models.resnet20(fused=False, shortcut=option) for option in "AB")
     extra = [name for name in b.state_dict() if name not in a.state_dict()]
     assert len(extra) == 12 and all("downsample" in name for name in extra)
-    assert sum(p.numel() for p in b.parameters()) - PARAMETERS["resnet20"] == 16 * 32 + 32 * 64 + 2 * (32 + 64)
+    assert sum(p.numel() for p in b.parameters()) - PARAMETERS[20] == 16 * 32 + 32 * 64 + 2 * (32 + 64)
 
 
 def test_initialisation():
@@ -86,7 +94,7 @@ def test_bad_arguments(options, error):
 
 
 def test_unknown_depth():
-    with pytest.raises(UserError, match="did you mean resnet110"):
+    with pytest.raises(UserError, match="did you mean resnet11"):
         models.create_model("resnet111")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from fastres import cli, doctor
 
-COMMANDS = ("bench", "verify", "explain", "doctor")
+COMMANDS = ("bench", "verify", "explain", "models", "doctor")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -68,6 +68,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("explain", "resnet18", "--size", "0"), "--size must be at least 1"),
         (("explain", "resnet18", "--images", "missing"), "missing"),
         (("explain", "json:loads"), "loads"),
+        (("models", "resnet19"), "no model named 'resnet19'"),
+        (("models", "resnet50", "--size", "0"), "--size must be at least 1"),
+        (("models", "resnet50", "--batch", "-1"), "--batch must be at least 1"),
+        (("models", "json:loads"), "no model json:loads"),
+        (("models", "torch.nn:Identity"), "has no parameters"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -1,104 +1,71 @@
-"""The residual networks for CIFAR of He et al. 2015, section 4.2: a 3x3 stem and three stages of 16, 32 and 64
-channels, without max-pooling.
-
-Nothing in this file is fused: `fastres.fuse_` swaps the classes afterwards.
-"""
+"""The networks for CIFAR of He et al. 2015, section 4.2: a 3x3 stem and three stages of 16, 32 and 64 channels, without
+max-pooling; residual, pre-activation (He et al. 2016) and plain."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastres.models.resnet import BasicBlock, Bottleneck, conv1x1, conv3x3, initialise_
+from fastres.models.blocks import (
+    BasicBlock,
+    BatchNormReLU,
+    Block,
+    PlainBasicBlock,
+    PreActBasicBlock,
+    ZeroPadShortcut,
+    conv3x3,
+)
+from fastres.models.constructor import constructor
+from fastres.models.stages import check_network, initialise_, make_stage, shortcut_option, without_first_activation_
 
-__all__ = [
-    "CifarResNet",
-    "ZeroPadShortcut",
-    "resnet110",
-    "resnet1202",
-    "resnet20",
-    "resnet32",
-    "resnet44",
-    "resnet56",
-]
-
-
-class ZeroPadShortcut(nn.Module):
-    """Shortcut option A, without parameters: every stride-th pixel of x, followed by zeros for the channels it lacks.
-
-    Args:
-        channels: of the output, at least those of the input. stride: 1 or more.
-    """
-
-    def __init__(self, channels: int, stride: int) -> None:
-        super().__init__()
-        self.channels, self.stride = channels, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[:, :, :: self.stride, :: self.stride]
-        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.channels - x.shape[1]))
-
-    def extra_repr(self) -> str:
-        return f"{self.channels}, stride={self.stride}"
+__all__ = ["CifarResNet", "PreActCifarResNet", "ZeroPadShortcut"]
 
 
 class CifarResNet(nn.Module):
-    """A residual network for small images: `(N, 3, H, W)` to logits `(N, num_classes)`; made for 32 x 32.
+    """A residual or plain network for small images: `(N, 3, H, W)` to logits `(N, num_classes)`; made for 32 x 32.
 
     Args:
-        block: BasicBlock or Bottleneck (whose output has four times the channels).
+        block: BasicBlock, Bottleneck (whose output has four times the channels), or one of the plain ones.
         layers: number of blocks in each of the three stages.
         num_classes: number of logits.
-        shortcut: where a block changes its size, "A": zero padding; "B": a projection (1x1 convolution, batch norm).
-        zero_init_residual: start the last batch norm of every branch at 0, so that each block starts as the identity.
+        shortcut: "A" (zero padding; the default, as in the paper), "B" (projections where sizes change) or "C"
+            (projections everywhere). A plain network has none.
+        zero_init_residual: start every branch at 0, so that each block starts as its shortcut (see `initialise_`).
 
     Raises:
-        ValueError: if num_classes < 1, layers is not of length 3, or there is no such shortcut.
+        ValueError: if num_classes < 1, layers is not of length 3, there is no such shortcut, or the block is not one of
+            these.
     """
+
+    #: Of the blocks that the network is made of.
+    preactivation: ClassVar[bool] = False
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: Block,
         layers: Sequence[int],
         num_classes: int = 10,
-        shortcut: str = "A",
+        shortcut: str | None = None,
         zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if len(layers) != 3:
-            raise ValueError(f"layers should give the number of blocks of three stages, got {layers}")
-        if shortcut not in ("A", "B"):
-            raise ValueError(f'shortcut must be "A" or "B", got {shortcut!r}')
-        self.inplanes = 16
-        self.shortcut = shortcut
-        self.conv1 = conv3x3(3, self.inplanes)
-        self.bn1 = nn.BatchNorm2d(self.inplanes)
+        check_network(type(self), block, num_classes, layers, 3)
+        option = shortcut_option(block, shortcut, "A")
+        self.conv1 = conv3x3(3, 16)
+        self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = self._make_layer(block, 16, layers[0], 1)
-        self.layer2 = self._make_layer(block, 32, layers[1], 2)
-        self.layer3 = self._make_layer(block, 64, layers[2], 2)
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(64 * block.expansion, num_classes)
+        self.layer1 = make_stage(block, 16, 16, layers[0], 1, option)
+        self.layer2 = make_stage(block, 16 * block.expansion, 32, layers[1], 2, option)
+        self.layer3 = make_stage(block, 32 * block.expansion, 64, layers[2], 2, option)
+        self._make_head(64 * block.expansion, num_classes)
         initialise_(self, zero_init_residual)
 
-    def _make_layer(
-        self, block: type[BasicBlock] | type[Bottleneck], planes: int, blocks: int, stride: int
-    ) -> nn.Sequential:
-        out_planes = planes * block.expansion
-        downsample: nn.Module | None = None
-        if stride != 1 or self.inplanes != out_planes:
-            if self.shortcut == "A":
-                downsample = ZeroPadShortcut(out_planes, stride)
-            else:
-                downsample = nn.Sequential(conv1x1(self.inplanes, out_planes, stride), nn.BatchNorm2d(out_planes))
-        first = block(self.inplanes, planes, stride, downsample)
-        self.inplanes = out_planes
-        return nn.Sequential(first, *(block(out_planes, planes) for _ in range(1, blocks)))
+    def _make_head(self, planes: int, num_classes: int) -> None:
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(planes, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -110,40 +77,62 @@ class CifarResNet(nn.Module):
         return self.fc(x)
 
 
-def _resnet(depth: int, num_classes: int, fused: bool, **options: Any) -> CifarResNet:
-    model = CifarResNet(BasicBlock, [(depth - 2) // 6] * 3, num_classes, **options)
-    if fused:
-        from fastres.fuse import fuse_  # here, because its recipes import this file
+class PreActCifarResNet(CifarResNet):
+    """The pre-activation network, v2, for small images: see `PreActResNet`.
 
-        fuse_(model)
-    return model
+    Args: as in `CifarResNet`, with PreActBasicBlock or PreActBottleneck as block.
+    """
 
+    preactivation = True
 
-def resnet20(num_classes: int = 10, *, fused: bool = True, **options: Any) -> CifarResNet:
-    """ResNet-20 for CIFAR, 0.27 M parameters. fused: call `fastres.fuse_` on it. options: as in `CifarResNet`."""
-    return _resnet(20, num_classes, fused, **options)
+    def __init__(self, block: Block, layers: Sequence[int], num_classes: int = 10, **options: Any) -> None:
+        super().__init__(block, layers, num_classes, **options)
+        without_first_activation_(self.layer1)
 
+    def _make_head(self, planes: int, num_classes: int) -> None:
+        self.norm = BatchNormReLU(nn.BatchNorm2d(planes))
+        super()._make_head(planes, num_classes)
 
-def resnet32(num_classes: int = 10, *, fused: bool = True, **options: Any) -> CifarResNet:
-    """ResNet-32 for CIFAR, 0.46 M parameters. fused: call `fastres.fuse_` on it. options: as in `CifarResNet`."""
-    return _resnet(32, num_classes, fused, **options)
-
-
-def resnet44(num_classes: int = 10, *, fused: bool = True, **options: Any) -> CifarResNet:
-    """ResNet-44 for CIFAR, 0.66 M parameters. fused: call `fastres.fuse_` on it. options: as in `CifarResNet`."""
-    return _resnet(44, num_classes, fused, **options)
-
-
-def resnet56(num_classes: int = 10, *, fused: bool = True, **options: Any) -> CifarResNet:
-    """ResNet-56 for CIFAR, 0.85 M parameters. fused: call `fastres.fuse_` on it. options: as in `CifarResNet`."""
-    return _resnet(56, num_classes, fused, **options)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.norm(x)
+        x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        return self.fc(x)
 
 
-def resnet110(num_classes: int = 10, *, fused: bool = True, **options: Any) -> CifarResNet:
-    """ResNet-110 for CIFAR, 1.7 M parameters. fused: call `fastres.fuse_` on it. options: as in `CifarResNet`."""
-    return _resnet(110, num_classes, fused, **options)
+def _layers(depth: int) -> tuple[int, int, int]:
+    """Blocks a stage: a network of 6n + 2 layers has n of two layers in each of three stages."""
+    return ((depth - 2) // 6,) * 3
 
 
-def resnet1202(num_classes: int = 10, *, fused: bool = True, **options: Any) -> CifarResNet:
-    """ResNet-1202 for CIFAR, 19.4 M parameters. fused: call `fastres.fuse_` on it. options: as in `CifarResNet`."""
-    return _resnet(1202, num_classes, fused, **options)
+resnet20 = constructor("resnet20", 269_722, CifarResNet, BasicBlock, _layers(20), 10)
+resnet32 = constructor("resnet32", 464_154, CifarResNet, BasicBlock, _layers(32), 10)
+resnet44 = constructor("resnet44", 658_586, CifarResNet, BasicBlock, _layers(44), 10)
+resnet56 = constructor("resnet56", 853_018, CifarResNet, BasicBlock, _layers(56), 10)
+resnet110 = constructor("resnet110", 1_727_962, CifarResNet, BasicBlock, _layers(110), 10)
+resnet1202 = constructor("resnet1202", 19_421_274, CifarResNet, BasicBlock, _layers(1202), 10)
+# v2
+resnet20_v2 = constructor("resnet20_v2", 269_722, PreActCifarResNet, PreActBasicBlock, _layers(20), 10)
+resnet32_v2 = constructor("resnet32_v2", 464_154, PreActCifarResNet, PreActBasicBlock, _layers(32), 10)
+resnet44_v2 = constructor("resnet44_v2", 658_586, PreActCifarResNet, PreActBasicBlock, _layers(44), 10)
+resnet56_v2 = constructor("resnet56_v2", 853_018, PreActCifarResNet, PreActBasicBlock, _layers(56), 10)
+resnet110_v2 = constructor("resnet110_v2", 1_727_962, PreActCifarResNet, PreActBasicBlock, _layers(110), 10)
+resnet1202_v2 = constructor("resnet1202_v2", 19_421_274, PreActCifarResNet, PreActBasicBlock, _layers(1202), 10)
+# plain
+plain20 = constructor("plain20", 269_722, CifarResNet, PlainBasicBlock, _layers(20), 10)
+plain32 = constructor("plain32", 464_154, CifarResNet, PlainBasicBlock, _layers(32), 10)
+plain44 = constructor("plain44", 658_586, CifarResNet, PlainBasicBlock, _layers(44), 10)
+plain56 = constructor("plain56", 853_018, CifarResNet, PlainBasicBlock, _layers(56), 10)
+plain110 = constructor("plain110", 1_727_962, CifarResNet, PlainBasicBlock, _layers(110), 10)
+plain1202 = constructor("plain1202", 19_421_274, CifarResNet, PlainBasicBlock, _layers(1202), 10)
+
+#: Every model for images of 32 pixels, shallow to deep within each family.
+MODELS = (
+    *(resnet20, resnet32, resnet44, resnet56, resnet110, resnet1202),
+    *(resnet20_v2, resnet32_v2, resnet44_v2, resnet56_v2, resnet110_v2, resnet1202_v2),
+    *(plain20, plain32, plain44, plain56, plain110, plain1202),
+)

@@ -89,11 +89,34 @@ def second_order(
     recomputed."""
 
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        used_var, used_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0) if training else (var, mean)
-        z = reference.normalise(x, weight, bias, used_mean, used_var, eps)
-        return torch.where(~(z <= 0) if keep is None else keep, z, 0.0) if relu else z
+        return _plain(x, weight, bias, mean, var, keep, training, eps, relu)
 
     return registration.second_order(forward, (x, weight, bias), needed, grad_y)
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    keep: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """The op without a residual in differentiable calls of PyTorch, in float64. keep: what the ReLU lets through."""
+    if training:
+        var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    z = reference.normalise(x, weight, bias, mean, var, eps)
+    return torch.where(~(z <= 0) if keep is None else keep, z, 0.0) if relu else z
+
+
+def again(ctx: Any) -> Tensor:
+    """The output of a call without a residual, computed again from what it saved, with its history."""
+    x, weight, bias, mean, var, _ = ctx.saved_tensors
+    y = _plain(x, weight, bias, mean, var, None, *ctx.options)
+    return layout.in_format(y.to(x.dtype), layout.memory_format(layout.dense(x)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

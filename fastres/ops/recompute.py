@@ -38,8 +38,10 @@ def offer(
     For a caller who knows that nothing writes to y in a way that moves no version counter. again(y.grad_fn): y as a
     differentiable function of what that node saved.
     """
+    if torch.compiler.is_compiling():  # which knows no grad_fn
+        return
     node: Any = y.grad_fn
-    if node is not None and not torch.compiler.is_compiling():
+    if node is not None:
         node.fastres_recipe = _Recipe(tensors, eps, relu, y.output_nr, y._version, again)
 
 

@@ -12,10 +12,22 @@ from torch import nn
 
 _RESNETS = ("BasicBlock", "Bottleneck", "ResNet")
 
+_OURS = {
+    "blocks": (
+        *("BasicBlock", "Bottleneck", "PlainBasicBlock", "PlainBottleneck"),
+        *("PreActBasicBlock", "PreActBottleneck", "BatchNormReLU"),
+    ),
+    "resnet": ("ResNet", "PreActResNet"),
+    "cifar": ("CifarResNet", "PreActCifarResNet"),
+}
+
 #: (module, class) -> (module of the recipe, fused class)
 RECIPES: dict[tuple[str, str], tuple[str, str]] = {
-    **{("fastres.models.resnet", name): ("fastres.recipes.models", f"Fused{name}") for name in _RESNETS},
-    ("fastres.models.cifar", "CifarResNet"): ("fastres.recipes.models", "FusedCifarResNet"),
+    **{
+        (f"fastres.models.{file}", name): ("fastres.recipes.models", f"Fused{name}")
+        for file, names in _OURS.items()
+        for name in names
+    },
     **{("torchvision.models.resnet", name): ("fastres.recipes.torchvision", f"Fused{name}") for name in _RESNETS},
 }
 

@@ -1,5 +1,5 @@
-"""The fused forwards of post-activation residual networks (He et al. 2015), for every library that writes them this
-way."""
+"""The fused forwards of post-activation residual networks and of plain ones (He et al. 2015), for every library that
+writes them this way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastres import sites
 from fastres.batch_norm import BatchNorm
-from fastres.models.cifar import ZeroPadShortcut
+from fastres.models.blocks import ZeroPadShortcut
 from fastres.recipes import projection
 
 
@@ -20,8 +20,10 @@ class FusedModule:
     #: The method that the fused class overrides, and the names the original uses in it (others: no swap).
     forward_method: ClassVar[str] = "forward"
     forward_names: ClassVar[frozenset[str]]
-    #: Children that the fused forward does not call, in the order of the forward; and whether it adds a residual.
+    #: Children that the fused forward does not call, in the order of the forward; those of them that may be None; and
+    #: whether it adds a residual.
     fused_children: ClassVar[tuple[str, ...]]
+    optional_children: ClassVar[frozenset[str]] = frozenset()
     adds: ClassVar[bool] = True
 
     @classmethod
@@ -33,13 +35,16 @@ class FusedModule:
         return self.unfused_class().__name__  # repr shows the model as the user wrote it
 
 
-def _shortcut(block: Any, x: Tensor, found: projection.Projection | None) -> Any:
-    """downsample(x), fused where it is the projection `found`; x where there is none."""
+def shortcut_of(block: Any, x: Tensor, found: projection.Projection | None = None) -> Any:
+    """downsample(x), fused where it is a plain convolution or the projection `found`; x where there is none."""
     downsample = block.downsample
     if downsample is None:
         return x
     if type(downsample) is ZeroPadShortcut:
         return sites.zero_pad(downsample, x)
+    if type(downsample) is nn.Conv2d:
+        return sites.convolution(downsample, x)
+    found = found or projection.of(block, x)
     return downsample(x) if found is None else sites.conv_bn_act(*found, x, act="identity")
 
 
@@ -50,14 +55,14 @@ def _end(block: Any, conv: nn.Conv2d, bn: BatchNorm, y: Tensor, x: Tensor) -> Te
         joined = projection.join(conv, bn, y, *found, x)
         if joined is not None:
             return joined
-    shortcut = _shortcut(block, x, found)
+    shortcut = shortcut_of(block, x, found)
     if shortcut is None:  # a user's downsample may return it; to the function below it would mean that there is none
         y = sites.conv_bn_act(conv, bn, y, act="identity")
         y += shortcut  # type: ignore[arg-type]  # eager's TypeError
     return sites.conv_bn_act(conv, bn, y, act="relu", residual=shortcut)
 
 
-def _children(block: Any) -> dict[str, Any]:
+def children_of(block: Any) -> dict[str, Any]:
     """What the fused forward stands in for, by name. From the dictionary: Module.__getattr__ is slow."""
     try:
         modules = block._modules
@@ -81,7 +86,7 @@ class BasicBlockForward(FusedModule):
     fused_children = ("conv1", "bn1", "relu", "conv2", "bn2")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        children = _children(self)
+        children = children_of(self)
         if _blocked(self, x, **children):
             return super().forward(x)  # type: ignore[misc]
         conv1, bn1, _, conv2, bn2 = children.values()
@@ -97,7 +102,7 @@ class BottleneckForward(FusedModule):
     fused_children = ("conv1", "bn1", "relu", "conv2", "bn2", "conv3", "bn3")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        children = _children(self)
+        children = children_of(self)
         if _blocked(self, x, **children):
             return super().forward(x)  # type: ignore[misc]
         conv1, bn1, _, conv2, bn2, conv3, bn3 = children.values()
@@ -107,7 +112,37 @@ class BottleneckForward(FusedModule):
         return _end(self, conv3, bn3, y, fork[0])
 
 
-_FORWARDS = (BasicBlockForward.forward, BottleneckForward.forward, ZeroPadShortcut.forward)
+class PlainBasicBlockForward(FusedModule):
+    """relu(bn2(conv2(relu(bn1(conv1(x)))))): no shortcut."""
+
+    forward_names = frozenset({"conv1", "bn1", "relu", "conv2", "bn2"})
+    fused_children = ("conv1", "bn1", "relu", "conv2", "bn2")
+    adds = False
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        children = children_of(self)
+        if sites.blocked(self, x, **children) is not None:
+            return super().forward(x)  # type: ignore[misc]
+        conv1, bn1, _, conv2, bn2 = children.values()
+        y = sites.conv_bn_act(conv1, bn1, x, act="relu", recompute=True)
+        return sites.conv_bn_act(conv2, bn2, y, act="relu")
+
+
+class PlainBottleneckForward(FusedModule):
+    """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x))))))))): no shortcut."""
+
+    forward_names = frozenset({"conv1", "bn1", "relu", "conv2", "bn2", "conv3", "bn3"})
+    fused_children = ("conv1", "bn1", "relu", "conv2", "bn2", "conv3", "bn3")
+    adds = False
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        children = children_of(self)
+        if sites.blocked(self, x, **children) is not None:
+            return super().forward(x)  # type: ignore[misc]
+        conv1, bn1, _, conv2, bn2, conv3, bn3 = children.values()
+        y = sites.conv_bn_act(conv1, bn1, x, act="relu", recompute=True)
+        y = sites.conv_bn_act(conv2, bn2, y, act="relu", recompute=True)
+        return sites.conv_bn_act(conv3, bn3, y, act="relu")
 
 
 class StemForward(FusedModule):
@@ -119,11 +154,18 @@ class StemForward(FusedModule):
     )
     fused_children = ("bn1", "relu", "maxpool")
     adds = False
-    #: The children whose calls are replayed.
+    #: The children whose calls are replayed, and the forwards of the fused modules among them.
     parts: ClassVar[tuple[str, ...]] = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    forwards: ClassVar[tuple[Any, ...]] = (
+        BasicBlockForward.forward,
+        BottleneckForward.forward,
+        PlainBasicBlockForward.forward,
+        PlainBottleneckForward.forward,
+        ZeroPadShortcut.forward,
+    )
 
     def _forward_impl(self: Any, x: Tensor) -> Tensor:
-        x = sites.chain_of_blocks(self, self.parts, _FORWARDS, x, self._features)
+        x = sites.chain_of_blocks(self, self.parts, self.forwards, x, self._features)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def _features(self: Any, x: Tensor) -> Tensor:
@@ -149,11 +191,11 @@ class CifarForward(StemForward):
         {"conv1", "bn1", "relu", "layer1", "layer2", "layer3", "avgpool", "flatten", "fc", "torch"}
     )
     fused_children = ("conv1", "bn1", "relu")
-    parts = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
+    parts: ClassVar[tuple[str, ...]] = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if sites.plain_classifier(self.avgpool, self.fc):
-            return sites.chain_of_blocks(self, (*self.parts, "avgpool", "fc"), _FORWARDS, x, self._logits)
+            return sites.chain_of_blocks(self, (*self.parts, "avgpool", "fc"), self.forwards, x, self._logits)
         return self._forward_impl(x)
 
     def _features(self: Any, x: Tensor) -> Tensor:

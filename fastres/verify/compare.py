@@ -15,8 +15,7 @@ from fastres import config, sites
 from fastres.errors import UserError
 from fastres.fuse import fuse_, unfuse_
 from fastres.kernels import extension
-from fastres.recipes import projection
-from fastres.recipes.residual import StemForward, _shortcut
+from fastres.recipes.residual import StemForward, shortcut_of
 from fastres.testing import budget, relative_error
 from fastres.verify import kinks
 from fastres.verify.certificate import MODEL, Certificate, Row, Site
@@ -262,7 +261,7 @@ class _Shortcut(nn.Module):
         self.downsample, self.fused = downsample, fused
 
     def forward(self, x: Tensor) -> Tensor:
-        return _shortcut(self, x, projection.of(self, x)) if self.fused else self.downsample(x)
+        return shortcut_of(self, x) if self.fused else self.downsample(x)
 
 
 def _like(exact: Call, rounded: Call) -> Call:
