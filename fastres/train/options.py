@@ -14,7 +14,7 @@ __all__ = ["AUGMENTATIONS", "DATA", "FREE", "Options"]
 
 #: What suits a data set. Those of CIFAR are of He et al. 2015, section 4.2 (64,000 steps); of folders, of section 3.4.
 DATA: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 20, "batch": 64, "schedule": "cosine", "warmup": 22, "augment": "crop"},
+    "digits": {"epochs": 15, "batch": 64, "schedule": "cosine", "warmup": 22, "augment": "crop"},
     "cifar10": {"epochs": 164, "batch": 128, "milestones": [82, 123], "augment": "crop-flip"},
     "cifar100": {"epochs": 164, "batch": 128, "milestones": [82, 123], "augment": "crop-flip"},
     "folder": {
@@ -63,7 +63,7 @@ class Options:
     root: str | None = None
     model: str = "resnet20"
     fused: bool = True
-    epochs: int = 20
+    epochs: int = 15
     batch: int = 128
     accumulate: int = 1
     lr: float = 0.1
