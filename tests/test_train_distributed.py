@@ -15,8 +15,8 @@ from _train import TIME, assert_same_bits
 from torch import distributed, nn
 
 from fastres.train import Options, checkpoint, train
-from fastres.train.distributed import SyncBatchNorm2d, synchronise_batch_norm
 from fastres.train.loop import CHECKPOINT
+from fastres.train.sync_batch_norm import SyncBatchNorm2d, synchronise_batch_norm
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="PyTorch without torch.distributed")
 TESTS = Path(__file__).parent
@@ -80,7 +80,7 @@ class _Alone:
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_synchronised_batch_norm_of_one_process_is_batch_norm(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastres.train.distributed._Sum", _Alone)
+    monkeypatch.setattr("fastres.train.sync_batch_norm._Sum", _Alone)
     plain, model = nn.BatchNorm2d(5), nn.Sequential(nn.BatchNorm2d(5), nn.Identity())
     synchronise_batch_norm(model, torch.device("cpu"))
     assert type(model[0]) is SyncBatchNorm2d and model.state_dict().keys() == {f"0.{k}" for k in plain.state_dict()}

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["ArrayImages", "Data", "Images", "digits", "load", "synthetic"]
 
 DIGITS_TEST = 397
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: Mean and standard deviation of each channel over the training images.
+NORMALISATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # of ImageNet, as pre-trained networks expect
+}
 
 
 class Images(Protocol):
@@ -99,10 +103,11 @@ def load(options: Options) -> Data:
         train = ImageFolder(root, ("train",), options.size, random=options.augment != "none")
         test = ImageFolder(root, ("val", "test"), options.size)
         test.rename_classes(train.classes)
-        return Data(train, test, train.classes, IMAGENET_MEAN, IMAGENET_STD)
+        return Data(train, test, train.classes, *NORMALISATION[options.data])
     kind = cifar.KINDS[options.data]
     (x, y), (test_x, test_y), classes = cifar.read(root, kind)
-    return Data(ArrayImages(x, y, options.augment), ArrayImages(test_x, test_y), classes, CIFAR_MEAN, CIFAR_STD)
+    train_images, test_images = ArrayImages(x, y, options.augment), ArrayImages(test_x, test_y)
+    return Data(train_images, test_images, classes, *NORMALISATION[options.data])
 
 
 def digits(augment: str = "none") -> Data:

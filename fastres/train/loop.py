@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from signal import SIGINT, SIGTERM
 from typing import Any
 
 import numpy as np
@@ -194,6 +194,7 @@ class Trainer:
             batch_sampler=sampler,
             collate_fn=_unchanged,
             num_workers=self.options.workers,
+            worker_init_fn=_default_signals,
             pin_memory=self.world.device.type == "cuda",
         )
         for batch in loader:
@@ -233,7 +234,7 @@ class Trainer:
             wrong.append((logits.detach().argmax(1) != labels).sum())
         found = torch.stack([torch.stack(losses).sum().double(), torch.stack(wrong).sum().double()]).tolist()
         number = interruption.signal
-        total, misses, interrupted, terminated = world.sum([*found, number == SIGINT, number == SIGTERM])
+        total, misses, interrupted, terminated = world.sum([*found, number == signal.SIGINT, number == signal.SIGTERM])
         if not math.isfinite(total):  # before the weights take it in
             raise Stopped(
                 f"the loss is {total} at step {progress.step + 1} (epoch {progress.epoch + 1}, "
@@ -250,7 +251,7 @@ class Trainer:
         if progress.cold and warmed_up(progress.wrong, progress.seen, self.samples):
             progress.cold = False
         self.log.step(progress.step, total / count)
-        return SIGINT if interrupted else SIGTERM if terminated else 0
+        return signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
@@ -291,6 +292,13 @@ class Trainer:
         if self.path is None or not self._saved:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self.path} (step {self._saved})"
+
+
+def _default_signals(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; those that load images go on, because the step does. SIGTERM ends
+    them: they may have inherited a handler that does not."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _unchanged(batch: Any) -> Any:
