@@ -159,6 +159,20 @@ def test_tensorboard(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert found == pytest.approx([float(row["test_error"]) for row in rows(tmp_path)])
 
 
+def test_tensorboard_keeps_what_was_logged_before_a_restart(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    history: list[dict[str, Any]] = []
+    for done, steps in ((0, (4, 8)), (4, (8, 12))):  # killed after step 8, whose checkpoint was not written
+        log = Log(tmp_path, steps=12, done=done, tensorboard=True)
+        for step in steps:
+            row = {"epoch": step // 4, "step": step, "train_loss": float(step + done), "train_error": 1.0}
+            history.append({**row, "test_loss": 1.0, "test_error": 1.0, TIME: 1.0})
+            log.epoch(history)
+        log.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [(4, 4.0), (8, 12.0), (12, 16.0)]
+
+
 def test_tensorboard_that_is_not_there(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

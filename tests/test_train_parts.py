@@ -157,6 +157,8 @@ def test_options_suit_data_and_model() -> None:
         ({"augment": "resized-crop"}, "--augment must be one of none, crop, crop-flip with --data digits"),
         ({"data": "mnist"}, "no data set is named 'mnist'"),
         ({"device": "tpu"}, "--device"),
+        ({"root": "x"}, "--root means nothing with --data digits"),
+        ({"data": "cifar10", "size": 64}, "--size means nothing with --data cifar10"),
     ],
 )
 def test_options_that_make_no_sense(given: dict, says: str) -> None:

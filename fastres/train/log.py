@@ -40,7 +40,7 @@ class Log:
             except ImportError as error:
                 why = f"--tensorboard needs tensorboard ({error})"
                 raise UserError(f"{why}: pip install 'fastres[tensorboard]'") from error
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self._bar = _progress_bar(steps, done)
 
     def say(self, text: str) -> None:

@@ -92,6 +92,9 @@ class Options:
         data = given.get("data", cls.data)
         if data not in DATA:
             raise UserError(f"no data set is named {data!r}; there are {', '.join(DATA)}")
+        for name, users in (("root", ("cifar10", "cifar100", "folder")), ("size", ("folder", "synthetic"))):
+            if name in given and data not in users:
+                raise UserError(f"--{name} means nothing with --data {data}")
         options = cls(**{**DATA[data], **given})
         if "warmup" not in given and options.model in ("resnet110", "resnet1202") and options.schedule == "step":
             options.warmup = "paper"
