@@ -63,8 +63,8 @@ def test_a_run_and_its_files(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 
     code, _, error = run(capsys, *TINY, "--out", str(out))
     assert code == 2 and "holds a run: continue it with --resume" in error
-    assert run(capsys, *TINY, "--epochs", "1", "--out", str(out), "--overwrite")[0] == 0
-    assert len(rows(out)) == 1
+    assert run(capsys, *TINY, "--lr", "1e30", "--out", str(out), "--overwrite")[0] == 1
+    assert os.listdir(out) == []  # what nobody is to take for the new run
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(

@@ -11,8 +11,9 @@ from typing import Any
 from fastres.errors import UserError
 from fastres.train.checkpoint import write_atomically
 
-__all__ = ["Log"]
+__all__ = ["LOG", "Log"]
 
+LOG = "log.csv"
 Row = dict[str, Any]
 
 
@@ -63,7 +64,7 @@ class Log:
         writer = csv.DictWriter(text, list(row), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        write_atomically(self.folder / "log.csv", text.getvalue().encode())
+        write_atomically(self.folder / LOG, text.getvalue().encode())
         if self._writer is not None:
             for name in ("lr", "train_loss", "train_error", "test_loss", "test_error", "ema_test_error"):
                 if name in row:

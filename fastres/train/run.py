@@ -8,14 +8,15 @@ from typing import Any
 from fastres.errors import UserError
 from fastres.train import checkpoint, datasets, network, plot
 from fastres.train.distributed import World, world
-from fastres.train.log import Log
+from fastres.train.log import LOG, Log
 from fastres.train.loop import CHECKPOINT, Progress, Stopped, Trainer
 from fastres.train.options import Options
 from fastres.train.sync_batch_norm import synchronise_batch_norm
 
 __all__ = ["resume", "train"]
 
-WEIGHTS = "weights.pt"
+WEIGHTS, CURVES = "weights.pt", "curves.png"
+FILES = (CHECKPOINT, WEIGHTS, LOG, CURVES)
 
 
 def train(options: Options, *, overwrite: bool = False) -> Progress:
@@ -62,6 +63,8 @@ def _run(options: Options, processes: World, state: dict[str, Any] | None) -> Pr
     if processes.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            for name in FILES if state is None else ():  # of the run that is overwritten: nobody is to continue it
+                (folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
     trainer = Trainer(options, model, data, processes, Log(None), folder)
@@ -101,11 +104,11 @@ def _finish(options: Options, trainer: Trainer, folder: Path, log: Log) -> None:
     try:
         state = {name: value.cpu() for name, value in best.state_dict().items()}
         checkpoint.save_weights(state, folder / WEIGHTS)
-        written = [WEIGHTS, CHECKPOINT, "log.csv"]
+        written = [WEIGHTS, CHECKPOINT, LOG]
         history = trainer.progress.history
         try:
-            plot.write(history, folder / "curves.png", f"{options.model} on {options.data}, seed {options.seed}")
-            written.append("curves.png")
+            plot.write(history, folder / CURVES, f"{options.model} on {options.data}, seed {options.seed}")
+            written.append(CURVES)
         except ImportError as error:
             log.say(f"no curves: {error}")
     except OSError as error:
