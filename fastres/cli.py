@@ -1,4 +1,4 @@
-"""The `fastres` command: bench, verify, explain, models, doctor.
+"""The `fastres` command: bench, verify, explain, models, train, doctor.
 
 Wrong input is one line on stderr and exit code 2; a check that fails is exit code 1.
 """
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(add)
     _add_explain(add)
     cli_models.add_command(add)
+    _add_train(add)
     _add_doctor(add)
     return parser
 
@@ -263,6 +264,13 @@ def _explain(options: argparse.Namespace) -> int:
             print(f"  {row.name or '(model)':<32} {row.kind:<5} {f'fused, {row.kernel}' if row.fused else row.reason}")
     _write_json(json.dumps([asdict(row) for row in report.rows], indent=1), options.json)
     return 0
+
+
+def _add_train(add: Callable[..., argparse.ArgumentParser]) -> None:
+    from fastres.train import command
+
+    train = add("train", command.run, "train a residual network, fused, on one process or several", command.EXAMPLES)
+    command.add_arguments(train)
 
 
 def _add_doctor(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -27,7 +27,7 @@ LAYERS = (
     ("folding",),
     ("report", "sites"),
     ("nn", "recipes", "models", "fuse", "explain", "summary", "images", "testing"),
-    ("verify", "bench", "doctor"),
+    ("verify", "bench", "doctor", "train"),
     ("cli", "cli_models", "__main__", "__init__"),
 )
 #: Imported when a function runs, not when its module is loaded, so no cycle: a model fuses itself.
