@@ -220,7 +220,7 @@ def test_batch_norm_shared_with_the_shortcut(kind: Any, mode: str) -> None:
 @blocks
 def test_sync_batch_norm_and_frozen_statistics(kind: Any) -> None:
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(one(kind))
-    check(converted, image(), "eval", path="eager", reason="SyncBatchNorm")
+    check(converted, image(), "eval")
     frozen = one(kind).train()
     for module in frozen.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -6,7 +6,7 @@ Saved for backward: x (or what it is made from, see recompute.py), weight and, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,14 +46,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     recompute.save(ctx, x, (weight, output if ctx.relu else None))
 
 
-def _backward(
-    ctx: Any, grad_y: Tensor, gradients: Callable[..., Sequence[Tensor | None]] = convolution.aten_backward
-) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor, eager: bool = False) -> tuple[Any, ...]:
     x, (weight, y) = recompute.saved(ctx)
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     g = grad_y if y is None else torch.where(y <= 0, 0.0, grad_y)
     needed = (need_x, need_weight, need_bias)
-    grads = gradients(g, x, weight, ctx.has_bias, tuple(ctx.geometry), needed) if any(needed) else (None,) * 3
+    grads: Sequence[Tensor | None] = (None, None, None)
+    if any(needed):
+        # By our own kernels where they served forward, unless the gradients are traced, or differentiated again.
+        own = eager and not torch.is_grad_enabled()
+        own = own and registration.served_by(op, x, weight, None, None, *ctx.geometry, ctx.relu) == "cpu"
+        gradients = convolution.convolve_backward if own else convolution.aten_backward
+        grads = gradients(g, x, weight, ctx.has_bias, tuple(ctx.geometry), needed)
     return (
         *(grad if need else None for grad, need in zip(grads, needed, strict=True)),
         g if need_residual else None,
@@ -62,10 +66,7 @@ def _backward(
 
 
 def _eager_backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    """By our own kernels where they served forward, unless the gradients are to be differentiated again."""
-    x, (weight, _) = recompute.saved(ctx)
-    own = not torch.is_grad_enabled() and registration.served_by(op, x, weight, None, None, *ctx.geometry, ctx.relu)
-    return _backward(ctx, grad_y, convolution.convolve_backward if own == "cpu" else convolution.aten_backward)
+    return _backward(ctx, grad_y, eager=True)
 
 
 call = registration.differentiable(op, _setup_context, _backward, _eager_backward)
