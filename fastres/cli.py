@@ -1,4 +1,4 @@
-"""The `fastres` command: bench, verify, explain, models, train, doctor.
+"""The `fastres` command: bench, verify, explain, models, train, analyze, doctor.
 
 Wrong input is one line on stderr and exit code 2; a check that fails is exit code 1.
 """
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(add)
     cli_models.add_command(add)
     _add_train(add)
+    _add_analyze(add)
     _add_doctor(add)
     return parser
 
@@ -271,6 +272,13 @@ def _add_train(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     train = add("train", command.run, "train a residual network, fused, on one process or several", command.EXAMPLES)
     command.add_arguments(train)
+
+
+def _add_analyze(add: Callable[..., argparse.ArgumentParser]) -> None:
+    from fastres.analysis import command
+
+    analyze = add("analyze", command.run, "measure what the papers claim about residual networks", command.EXAMPLES)
+    command.add_arguments(analyze)
 
 
 def _add_doctor(add: Callable[..., argparse.ArgumentParser]) -> None:

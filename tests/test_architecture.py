@@ -28,6 +28,7 @@ LAYERS = (
     ("report", "sites"),
     ("nn", "recipes", "models", "fuse", "explain", "summary", "images", "testing"),
     ("verify", "bench", "doctor", "train"),
+    ("analysis", "transfer"),
     ("cli", "cli_models", "__main__", "__init__"),
 )
 #: Imported when a function runs, not when its module is loaded, so no cycle: a model fuses itself.
