@@ -1,4 +1,5 @@
-"""What nn.BatchNorm2d and nn.SyncBatchNorm do in a call, from their attributes as they are now."""
+"""What nn.BatchNorm2d and nn.SyncBatchNorm do in a call, from their attributes as they are now; and a SyncBatchNorm for
+CPUs."""
 
 from __future__ import annotations
 
@@ -7,11 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import arguments
+from fastres import arguments, functional
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """nn.SyncBatchNorm that synchronises activations [N, C, H, W] on CPUs too, where PyTorch's raises an error.
+
+    In fused blocks both are the same; this one also serves where a block is not fused. `convert_sync_batchnorm` makes
+    them.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not input.is_cpu or process_group(self) is None:
+            return super().forward(input)
+        return functional.bn_act(input, *running(self), self.weight, self.bias, act="identity", **options(self))
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """nn.SyncBatchNorm.convert_sync_batchnorm with batch norms that take CPU tensors too; it keeps the parameters.
+
+    DistributedDataParallel refuses CPU modules that contain an nn.SyncBatchNorm: wrap first, then convert `ddp.module`.
+
+    Args:
+        module: whose batch norms are replaced; if it is one itself, use what is returned.
+        process_group: of torch.distributed, which shares its statistics; None: all processes.
+    """
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+    for child in module.modules():
+        if type(child) is nn.SyncBatchNorm:
+            child.__class__ = SyncBatchNorm
+    return module
+
+
 #: The forwards that fused code stands in for.
-FORWARDS = {nn.BatchNorm2d: nn.BatchNorm2d.forward, nn.SyncBatchNorm: nn.SyncBatchNorm.forward}
+FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
+}
 
 
 def tensors(bn: BatchNorm) -> tuple[Tensor | None, ...]:
@@ -48,7 +82,7 @@ def blocked(bn: BatchNorm, x: Tensor) -> str | None:
 
 def note(bn: nn.Module) -> str:
     """What a report has to say of a batch norm that is fused, or ""."""
-    if type(bn) is not nn.SyncBatchNorm:
+    if not isinstance(bn, nn.SyncBatchNorm):
         return ""
     return (
         "SyncBatchNorm: with a process group, the fused block synchronises on CPUs, where its own forward would raise; "
@@ -58,7 +92,7 @@ def note(bn: nn.Module) -> str:
 
 def process_group(bn: BatchNorm) -> Any:
     """The processes whose statistics `bn` uses now, or None: as nn.SyncBatchNorm.forward."""
-    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
         return None
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres import arguments, functional, layout, sites
+from fastres.batch_norm import SyncBatchNorm, convert_sync_batchnorm
 
-__all__ = ["AddAct", "BnAct2d", "ConvBnAct2d"]
+__all__ = ["AddAct", "BnAct2d", "ConvBnAct2d", "SyncBatchNorm", "convert_sync_batchnorm"]
 
 
 def _activate(y: Tensor, act: str) -> Tensor:

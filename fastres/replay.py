@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from fastres import batch_norm
 from fastres.kernels import extension
 from fastres.kernels import program as programs
 
@@ -34,8 +35,7 @@ _PLAIN: dict[type[nn.Module], Any] = {
         nn.Sequential,
         nn.Identity,
         nn.Conv2d,
-        nn.BatchNorm2d,
-        nn.SyncBatchNorm,
+        *batch_norm.FORWARDS,
         nn.ReLU,
         nn.MaxPool2d,
         nn.AdaptiveAvgPool2d,

@@ -198,7 +198,12 @@ def run_training(when: str, rank: int, world: int) -> dict[str, Tensor]:
     if when == "converted after fuse_":
         fastres.fuse_(model)
     ddp = nn.parallel.DistributedDataParallel(model)
-    nn.SyncBatchNorm.convert_sync_batchnorm(ddp.module)
+    if when == "not fused":
+        before = [id(p) for p in model.parameters()]
+        fastres.nn.convert_sync_batchnorm(ddp.module)
+        assert [id(p) for p in model.parameters()] == before
+    else:
+        nn.SyncBatchNorm.convert_sync_batchnorm(ddp.module)
     if when == "converted before fuse_":
         report = fastres.fuse_(ddp)
         assert report.fused == report.total - 1 and "SyncBatchNorm" in str(report), str(report)  # all but conv1
@@ -259,7 +264,7 @@ def run_gradients_of_gradients(rank: int, world: int) -> dict[str, Tensor]:
 MODULES: dict[str, Callable[[int, int], dict[str, Tensor]]] = {
     **{
         name: lambda rank, world, name=name: run_training(name, rank, world)
-        for name in ("converted before fuse_", "converted after fuse_")
+        for name in ("converted before fuse_", "converted after fuse_", "not fused")
     },
     "modules": run_modules,
     "compiled": run_compiled,

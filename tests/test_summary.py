@@ -87,14 +87,6 @@ def test_command_prints_layers(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 
 
-def test_code_of_the_document_runs() -> None:
-    scope: dict[str, object] = {}
-    blocks = DOCUMENT.read_text().split("```python\n")[1:]
-    for block in blocks:
-        exec(block.partition("```")[0], scope)
-    assert len(blocks) == 3 and isinstance(scope["model"], models.CifarResNet)
-
-
 def test_table_of_the_document() -> None:
     rows = [line.strip("| \n").split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
     found = {row[0]: row[2:] for row in rows if row[0] in ("18", "50")}

@@ -84,7 +84,7 @@ def test_op(results, name, world):
 
 @needs_extension
 @worlds
-@pytest.mark.parametrize("when", ["converted before fuse_", "converted after fuse_"])
+@pytest.mark.parametrize("when", ["converted before fuse_", "converted after fuse_", "not fused"])
 def test_distributed_data_parallel(results, when, world):
     """Three steps of a small bottleneck network end where one process with all images ends."""
     ranks = results(world, when)
@@ -142,11 +142,21 @@ def test_one_process(mode):
     torch.manual_seed(0)
     conv, x = nn.Conv2d(6, 8, 3, bias=False), torch.randn(2, 6, 9, 9)
     outputs = []
-    for bn in (nn.SyncBatchNorm(8), nn.BatchNorm2d(8)):
+    for bn in (nn.SyncBatchNorm(8), fastres.nn.SyncBatchNorm(8), nn.BatchNorm2d(8)):
         module = fastres.nn.ConvBnAct2d(conv, bn).train(mode == "train")
         outputs.append(module(x))
         assert "conv_bn_act" in type(outputs[-1].grad_fn).__name__
-    assert torch.equal(*outputs)
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[2])
+    bn = fastres.nn.SyncBatchNorm(8).train(mode == "train")
+    x = torch.randn(2, 8, 5, 5)
+    assert torch.equal(bn(x), nn.BatchNorm2d(8).train(mode == "train")(x))
+
+
+def test_conversion_of_a_batch_norm():
+    bn = nn.BatchNorm2d(3)
+    converted = fastres.nn.convert_sync_batchnorm(bn)
+    assert type(converted) is fastres.nn.SyncBatchNorm and converted.weight is bn.weight
+    assert converted.running_var is bn.running_var and converted.state_dict().keys() == bn.state_dict().keys()
 
 
 @needs_extension

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from _train import TIME, assert_same_bits
-from torch import distributed, nn
+from torch import distributed
 
 from fastres.train import Options, checkpoint, train
 from fastres.train.loop import CHECKPOINT
-from fastres.train.sync_batch_norm import SyncBatchNorm2d, synchronise_batch_norm
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="PyTorch without torch.distributed")
 TESTS = Path(__file__).parent
@@ -68,33 +66,3 @@ def test_two_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     states = checkpoint.load(tmp_path / "states.pt")
     assert states["whole"]["progress"]["step"] == 8
     assert_same_bits(states["again"], states["whole"])
-
-
-class _Alone:
-    """A sum over one process."""
-
-    @staticmethod
-    def apply(x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_synchronised_batch_norm_of_one_process_is_batch_norm(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastres.train.sync_batch_norm._Sum", _Alone)
-    plain, model = nn.BatchNorm2d(5), nn.Sequential(nn.BatchNorm2d(5), nn.Identity())
-    synchronise_batch_norm(model, torch.device("cpu"))
-    assert type(model[0]) is SyncBatchNorm2d and model.state_dict().keys() == {f"0.{k}" for k in plain.state_dict()}
-    for _ in range(steps):
-        x = torch.randn(4, 5, 3, 2) * 3 + 100
-        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        y, z = plain(a), model(b)
-        g = torch.randn_like(y)
-        y.backward(g)
-        z.backward(g)
-        torch.testing.assert_close(z, y, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(b.grad, a.grad, atol=1e-4, rtol=1e-4)
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[f"0.{name}"], value, atol=1e-5, rtol=1e-5)
-    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model.eval()(x), plain.eval()(x))

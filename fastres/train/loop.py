@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fastres.errors import UserError
+from fastres.nn import convert_sync_batchnorm
 from fastres.train import checkpoint
 from fastres.train.datasets import Data, Images
 from fastres.train.distributed import World
@@ -83,6 +84,8 @@ class Trainer:
         self.path = None if folder is None else folder / CHECKPOINT
         self.model = model.to(world.device)
         self.parallel = world.parallel(self.model)
+        if options.sync_bn and world.size > 1:  # after DistributedDataParallel, which refuses such on the CPU
+            convert_sync_batchnorm(self.model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay
         )

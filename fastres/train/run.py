@@ -11,7 +11,6 @@ from fastres.train.distributed import World, world
 from fastres.train.log import LOG, Log
 from fastres.train.loop import CHECKPOINT, Progress, Stopped, Trainer
 from fastres.train.options import Options
-from fastres.train.sync_batch_norm import synchronise_batch_norm
 
 __all__ = ["resume", "train"]
 
@@ -57,8 +56,6 @@ def _run(options: Options, processes: World, state: dict[str, Any] | None) -> Pr
         raise image
     height, width = image[0].shape[2:]
     network.check_takes(model, (height, width), len(data.classes))
-    if options.sync_bn and processes.size > 1:
-        synchronise_batch_norm(model, processes.device)
     folder = Path(options.out)
     if processes.rank == 0:
         try:
