@@ -117,7 +117,7 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _example(mode: str | None = None, out: str = "runs/transfer", **given: list[int]) -> None:
+def _example(mode: str | None = None, out: str = "runs/transfer", **given: Any) -> None:
     from fastres.transfer import example
 
     methods = example.METHODS if mode is None else ("scratch", mode)

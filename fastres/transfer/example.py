@@ -32,9 +32,9 @@ METHODS = {"scratch": "from scratch", "features": "features of the frozen networ
 #: Images of an epoch: fewer are repeated, each time with another crop, so that all runs have equally many steps.
 _EPOCH = 320
 _CLAIM = (
-    "What a network has learned on one task serves another. Transferred layers beat random ones, also after fine-tuning "
-    "(Yosinski et al. 2014, arXiv 1411.1792); the gain over training from scratch is largest with few labelled images, "
-    "and fine-tuning beats a classifier on fixed features (Kornblith et al. 2018, arXiv 1805.08974)."
+    "What a network has learned on one task serves another. Transferred layers beat random ones, fine-tuned ones too "
+    "(Yosinski et al. 2014, arXiv 1411.1792); the gain over training from scratch is largest with few labels, and "
+    "fine-tuning beats a classifier on fixed features (Kornblith et al. 2018, arXiv 1805.08974)."
 )
 _LIMITS = (
     "Five classes of small grey images, close to the five that were learned before; one pre-trained network; the rates "
@@ -157,9 +157,8 @@ def _run(
     images = _arrays(new.train)
     data = Data(ArrayImages(images.images[many], images.labels[many], "crop"), new.test, new.classes, new.mean, new.std)
     if method == "scratch":
-        return _trained(
-            network.build(setting.model, 5, fused=True, seed=seed), data, setting.epochs, setting.scratch_lr
-        )
+        fresh = network.build(setting.model, 5, fused=True, seed=seed)
+        return _trained(fresh, data, setting.epochs, setting.scratch_lr, seed=seed)
     torch.manual_seed(seed)
     copied = replace_head(copy.deepcopy(model), 5)
     return _trained(copied, data, setting.epochs, setting.lr, setting=setting, seed=seed)

@@ -94,7 +94,7 @@ class Options:
                 raise UserError(f"--{wrong[0].replace('_', '-')} means nothing with --mode {mode}")
         if given.get("keep_head") and given.get("hidden"):
             raise UserError("--hidden is for a new head, --keep-head keeps the old one: give one of them")
-        about = {name: DATA[data][name] for name in ("model", "workers") if name in DATA[data]}
+        about: dict[str, Any] = {name: DATA[data][name] for name in ("model", "workers") if name in DATA[data]}
         options = cls(**{"model": "resnet20", **about, **MODES[mode], **given})
         if mode == "finetune" and not options.augment:
             options.augment = DATA[data].get("augment", "none")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +46,10 @@ def transfer(options: Options, *, overwrite: bool = False) -> History:
         Stopped: if the run ended before its time.
     """
     folder = Path(options.out)
-    if not overwrite and (found := next((n for n in (WEIGHTS, CHECKPOINT) if (folder / n).exists()), None)):
+    if not overwrite and (found := next((n for n in (CHECKPOINT, WEIGHTS) if (folder / n).exists()), None)):
         more = f": continue it with --resume {folder}, or give" if found == CHECKPOINT else "; give"
         raise UserError(f"{folder} holds a run{more} --overwrite, or another --out")
-    with world(options.device) as processes:
+    with _world(options) as processes:
         return _run(options, processes, None)
 
 
@@ -65,13 +67,17 @@ def resume(folder: str | Path, **changes: Any) -> History:
     options = Options(**state["transfer"])
     if wrong := [name for name, value in changes.items() if name not in FREE and getattr(options, name) != value]:
         raise UserError(f"a resumed run keeps its options; different are: {', '.join(wrong)}")
-    with world(options.device) as processes:
+    with _world(options) as processes:
         return _run(dataclasses.replace(options, **changes, out=str(folder)), processes, state)
 
 
+def _world(options: Options) -> AbstractContextManager[World]:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("fastres transfer runs as one process: start it without torchrun")
+    return world(options.device)
+
+
 def _run(options: Options, processes: World, state: dict[str, Any] | None) -> History:
-    if processes.size > 1:
-        raise UserError("fastres transfer runs as one process")
     data = datasets.load(options.training())
     model = network.build(options.model, len(data.classes), fused=options.fused, seed=options.seed)
     loaded = "" if state is not None else _load(model, options)
@@ -145,7 +151,7 @@ def _features(options: Options, model: nn.Module, data: Data, processes: World, 
         speed = f" in {features.seconds:.1f} s, {count / features.seconds:.0f} images/s" if features.seconds else ""
         _say(f"{what}: {count} images, {width} features each{speed}; {notice}")
         found.append(features)
-    head = model.get_submodule(head_name(model))
+    head: Any = model.get_submodule(head_name(model))
     log = _LastRow(folder)
     torch.manual_seed(options.seed)
     history = train_head(

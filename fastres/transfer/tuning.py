@@ -1,5 +1,5 @@
-"""Training that starts from pre-trained weights: `fastres train`'s loop with early stopping, frozen parts and a rate for
-each part."""
+"""Training that starts from pre-trained weights: `fastres train`'s loop with early stopping, frozen parts, and a rate
+for each part."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fastres.train.distributed import World
 from fastres.train.log import Log
 from fastres.transfer.features import Features
 from fastres.transfer.freeze import freeze_until, later_first, param_groups
+from fastres.transfer.heads import MLP
 
 __all__ = ["EarlyStopping", "FineTuner", "standardised", "train_head"]
 
@@ -124,7 +125,7 @@ def standardised(train: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, list[T
 
 
 def train_head(
-    head: nn.Module,
+    head: nn.Linear | MLP,
     train: Features,
     test: Features,
     classes: list[str],
@@ -157,7 +158,7 @@ def train_head(
     trainer.run()
     head.load_state_dict(trainer.weights())
     head.cpu().requires_grad_(True)
-    first = head[0] if isinstance(head, nn.Sequential) else head
+    first: Any = head[0] if isinstance(head, MLP) else head
     with torch.no_grad():
         first.weight /= std
         first.bias -= first.weight @ mean
