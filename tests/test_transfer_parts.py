@@ -296,3 +296,12 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         transfer.load_backbone(model, tmp_path / "nowhere.pth")
     assert not changed(before, model)
+
+
+def test_code_of_the_document_runs() -> None:
+    blocks = (Path(__file__).resolve().parents[1] / "docs" / "transfer.md").read_text().split("```python\n")[1:]
+    scope: dict[str, Any] = {}
+    for block in blocks:
+        exec(block.partition("```")[0], scope)
+    assert len(blocks) == 1 and scope["features"].shape == (16, 64)
+    assert not scope["model"].layer2.training and scope["model"].layer3.training

@@ -118,13 +118,13 @@ class Options:
         if frozen >= self.epochs:
             raise UserError(f"--gradual {self.gradual} unfreezes all parts after {frozen} epochs of {self.epochs}")
 
-    def training(self, augment: bool = True) -> TrainOptions:
-        """Options of `fastres train` for the same data and steps; without augmentation, if there is to be none."""
+    def training(self) -> TrainOptions:
+        """Options of `fastres train` for the same data and steps."""
         names = {f.name for f in dataclasses.fields(TrainOptions)} & {f.name for f in dataclasses.fields(self)}
         given = {name: getattr(self, name) for name in names - {"augment", "root", "size"}}
         if self.root is not None:
             given["root"] = self.root
         if self.size:
             given["size"] = self.size
-        given["augment"] = self.augment if augment and self.augment else "none"
+        given["augment"] = self.augment or "none"
         return TrainOptions.of(**given, schedule="cosine", warmup=0, milestones=[])
