@@ -50,7 +50,7 @@ def test_verdict(scratch: float, features: float, finetune: float, expected: str
 
 def test_a_short_run(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers again, but for times; a method by itself gives those that it has beside the others."""
-    short = {"model": "resnet20", "pretrain_epochs": 1, "epochs": 3, "head_epochs": 3, "scratch_lr": 0.05}
+    short = {"model": "_train:tiny", "pretrain_epochs": 1, "epochs": 3, "head_epochs": 3, "scratch_lr": 0.05}
     monkeypatch.setattr(example, "_EPOCH", 32)
     monkeypatch.setattr(example.Setting, "__init__", _with(example.Setting.__init__, short))
     arguments = ["transfer", "--shots", "2", "4", "--seeds", "0"]

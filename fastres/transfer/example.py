@@ -54,15 +54,15 @@ class Setting:
     """
 
     model: str = "resnet20"
-    unfreeze: Sequence[str] = ("layer3", "layer2")
-    shots: Sequence[int] = (2, 5, 10, 20)
+    unfreeze: Sequence[str] = ("layer3", "layer2", "layer1")
+    shots: Sequence[int] = (1, 5, 20)
     seeds: Sequence[int] = (0, 1, 2)
     pretrain_epochs: int = 10
-    epochs: int = 12
+    epochs: int = 10
     head_epochs: int = 40
     scratch_lr: float = 0.1
-    lr: float = 0.05
-    backbone_lr: float = 0.02
+    lr: float = 0.1
+    backbone_lr: float = 0.05
     head_lr: float = 0.05
 
     def check(self, most: int) -> None:
@@ -213,9 +213,9 @@ def _report(setting: Setting, rows: list[Row], before: float, tested: int) -> Re
         setting=(
             f"{setting.model}, {setting.pretrain_epochs} epochs on 0 to 4. From images: {setting.epochs} epochs of 10 "
             f"steps of 32 random crops, SGD with momentum and a cosine; from scratch at rate {setting.scratch_lr}, "
-            f"fine-tuned at {setting.lr} (head), {setting.backbone_lr} and half of it ({', '.join(setting.unfreeze)}, "
-            f"one more each epoch). On features, without crops: {setting.head_epochs} epochs at {setting.head_lr}. The "
-            f"last weights count. Seeds {' '.join(map(str, setting.seeds))}."
+            f"fine-tuned at {setting.lr} (head) and {setting.backbone_lr}, halved from part to part "
+            f"({', '.join(setting.unfreeze)}, one more each epoch). On features, without crops: {setting.head_epochs} "
+            f"epochs at {setting.head_lr}. The last weights count. Seeds {' '.join(map(str, setting.seeds))}."
         ),
         limits=_LIMITS,
         tables=[table, runs],
