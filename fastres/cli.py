@@ -1,4 +1,4 @@
-"""The `fastres` command: bench, verify, explain, models, train, analyze, doctor.
+"""The `fastres` command: bench, verify, explain, models, train, transfer, analyze, doctor.
 
 Wrong input is one line on stderr and exit code 2; a check that fails is exit code 1.
 """
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(add)
     cli_models.add_command(add)
     _add_train(add)
+    _add_transfer(add)
     _add_analyze(add)
     _add_doctor(add)
     return parser
@@ -272,6 +273,14 @@ def _add_train(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     train = add("train", command.run, "train a residual network, fused, on one process or several", command.EXAMPLES)
     command.add_arguments(train)
+
+
+def _add_transfer(add: Callable[..., argparse.ArgumentParser]) -> None:
+    from fastres.transfer import command
+
+    summary = "put trained weights to work on other images: as features, or fine-tuned"
+    transfer = add("transfer", command.run, summary, command.EXAMPLES)
+    command.add_arguments(transfer)
 
 
 def _add_analyze(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastres.errors import UserError
 
-__all__ = ["load_checkpoint"]
+__all__ = ["check_fits", "load_checkpoint", "read_state_dict"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,14 +44,23 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str]) -> Model:
         UserError: if it cannot be read, is corrupt, holds anything but tensors, or does not fit the model (one line,
             naming the first keys that do not fit). The model is as it was before.
     """
-    path = Path(path)
-    state = _state_dict(_read(path), path)
     expected = model.state_dict()
-    while prefix := next((p for p in _PREFIXES if _all_start(state, p) and not _all_start(expected, p)), ""):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    _check_fits(state, expected, path)
+    state = read_state_dict(path, expected)
+    check_fits(state, expected, path)
     model.load_state_dict(state)
     return model
+
+
+def read_state_dict(path: str | os.PathLike[str], expected: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict in a file, unwrapped, with the prefixes removed that the keys of `expected` do not have.
+
+    Raises: as `load_checkpoint`, but for weights that do not fit.
+    """
+    path = Path(path)
+    state = _state_dict(_read(path), path)
+    while prefix := next((p for p in _PREFIXES if _all_start(state, p) and not _all_start(expected, p)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def _read(path: Path) -> Any:
@@ -103,12 +112,16 @@ def _state_dict(content: Any, path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _all_start(state: dict[str, Any], prefix: str) -> bool:
+def _all_start(state: Mapping[str, Any], prefix: str) -> bool:
     return all(key.startswith(prefix) for key in state)
 
 
-def _check_fits(state: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    """load_state_dict copies what fits before it raises: everything it may reject has to be found earlier."""
+def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """UserError if load_state_dict would reject the state, or take a part of it: it copies what fits before it raises.
+
+    Args:
+        state: to be loaded. expected: what the model has. path: of the file, for the message.
+    """
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected]
     shapes = [

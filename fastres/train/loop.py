@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from fastres.errors import UserError
 from fastres.nn import convert_sync_batchnorm
 from fastres.train import checkpoint
+from fastres.train.batches import load_batches, normalised, per_channel
 from fastres.train.datasets import Data, Images
 from fastres.train.distributed import World
 from fastres.train.ema import Ema
@@ -102,9 +102,7 @@ class Trainer:
         )
         self.progress = Progress(cold=options.warmup == "paper")
         self._saved = 0  # the step of the last checkpoint
-        shape = (1, 3, 1, 1)
-        self._mean = torch.tensor(data.mean, device=world.device).view(shape) * 255
-        self._std = torch.tensor(data.std, device=world.device).view(shape) * 255
+        self._mean, self._std = per_channel(data.mean, world.device), per_channel(data.std, world.device)
 
     def state(self) -> dict[str, Any]:
         """Everything that a continuation needs. Random numbers need no state: they follow from seed and step."""
@@ -140,9 +138,15 @@ class Trainer:
             UserError: if an image cannot be read, or a batch is too small.
         """
         with Interruption() as interruption:
-            while self.progress.epoch < self.options.epochs:
+            while not self._finished():
                 self._epoch(interruption)
         return self.progress
+
+    def _finished(self) -> bool:
+        return self.progress.epoch >= self.options.epochs
+
+    def _train_mode(self) -> None:
+        self.parallel.train()
 
     def _epoch(self, interruption: Interruption) -> None:
         options, progress = self.options, self.progress
@@ -159,7 +163,7 @@ class Trainer:
             first=progress.batch,
         )
         batches = self._batches(self.data.train, sampler)
-        self.parallel.train()
+        self._train_mode()
         for count in map(len, sampler.batches):
             stop = self._step([next(batches) for _ in range(options.accumulate)], count, interruption)
             last = progress.batch == self.steps
@@ -192,23 +196,10 @@ class Trainer:
             raise Stopped(f"cannot write the log: {error.strerror}; {self._checkpoint()}") from error
 
     def _batches(self, images: Images, sampler: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        loader: DataLoader[Any] = DataLoader(
-            images,  # type: ignore[arg-type]  # a data set that gives whole batches
-            batch_sampler=sampler,
-            collate_fn=_unchanged,
-            num_workers=self.options.workers,
-            worker_init_fn=_default_signals,
-            pin_memory=self.world.device.type == "cuda",
-        )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        return load_batches(images, sampler, self.options.workers, self.world.device)
 
     def _input(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) to normalised float32, channels_last, on the device."""
-        x = images.to(self.world.device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-        return x.sub_(self._mean).div_(self._std)
+        return normalised(images, self._mean, self._std)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.options.amp)
@@ -221,7 +212,7 @@ class Trainer:
         options, progress, world = self.options, self.progress, self.world
         torch.manual_seed(_seed(options.seed, progress.step, world.rank))  # for random layers
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(progress.step)
+            group["lr"] = self._rate(progress.step) * group.get("scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         losses, wrong = [], []
         for i, (images, labels) in enumerate(batches):
@@ -295,17 +286,6 @@ class Trainer:
         if self.path is None or not self._saved:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self.path} (step {self._saved})"
-
-
-def _default_signals(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; those that load images go on, because the step does. SIGTERM ends
-    them: they may have inherited a handler that does not."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 def _seed(*numbers: int) -> int:
