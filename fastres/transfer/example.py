@@ -38,7 +38,8 @@ _CLAIM = (
 )
 _LIMITS = (
     "Five classes of small grey images, close to the five that were learned before; one pre-trained network; the rates "
-    "of the three methods were chosen by hand, not searched. It says nothing about distant tasks."
+    "of the methods were chosen by hand, with seed 0 and these test images, which is why seed 0 is not among the seeds by "
+    "default. It says nothing about distant tasks."
 )
 
 
@@ -56,7 +57,7 @@ class Setting:
     model: str = "resnet20"
     unfreeze: Sequence[str] = ("layer3", "layer2", "layer1")
     shots: Sequence[int] = (1, 5, 20)
-    seeds: Sequence[int] = (0, 1, 2)
+    seeds: Sequence[int] = (1, 2, 3)
     pretrain_epochs: int = 10
     epochs: int = 10
     head_epochs: int = 40
