@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(finetune, "--keep-head", "load the head too: the classes are the checkpoint's", action="store_true")
     example = parser.add_argument_group("in the example")
     add(example, "--shots", "images a class to learn from (default: 1 5 20)", type=int, nargs="+", metavar="N")
-    add(example, "--seeds", "repeat with other images and heads (default: 0 1 2)", type=int, nargs="+", metavar="N")
+    add(example, "--seeds", "repeat with other images and heads (default: 1 2 3)", type=int, nargs="+", metavar="N")
 
 
 def _names(text: str) -> list[str]:
