@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from fastres.analysis import curves, figures, training
 from fastres.analysis.curves import Trained
@@ -29,8 +30,8 @@ NAMES = {"resnet": "post-activation (v1)", "resnet_v2": "pre-activation (v2)"}
 
 def activation_order(
     *,
-    depths: tuple[int, ...] = (20, 110),
-    epochs: int = 5,
+    depths: tuple[int, ...] = (20, 56),
+    epochs: int = 4,
     batch: int = 64,
     lr: float = 0.1,
     seeds: tuple[int, ...] = (0,),
@@ -53,7 +54,7 @@ def activation_order(
     """
     found = check_depths(depths)
     images = training.load_data(data, root)
-    options = {"epochs": epochs, "batch": batch, "lr": lr}
+    options: dict[str, Any] = {"epochs": epochs, "batch": batch, "lr": lr}
     trained = {
         (family, depth): curves.train(
             title(family, depth), partial(build, family, depth, len(images.classes)), images, seeds, **options
@@ -125,6 +126,6 @@ def _plot(trained: dict[tuple[str, int], Trained], depths: list[int]) -> Plot:
     for axis, depth in zip(axes, depths, strict=True):
         curves.draw(axis, [trained[family, depth] for family in ("resnet_v2", "resnet")], figures.COLORS, top=100)
         axis.set_title(f"{depth} layers", fontsize=10, loc="left")
-    axes[0].set_ylabel("error, %", fontsize=9)
+    axes[0].set_ylabel("error, % (dashed: training)", fontsize=9)
     caption = "Errors by epoch: training dashed, test solid; at the right the last test error."
     return Plot("activation-order", figure, caption)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from fastres.analysis import curves, figures, training
 from fastres.analysis.curves import Trained
@@ -53,7 +54,7 @@ def degradation(
     """
     found = check_depths(depths, least=2)
     images = training.load_data(data, root)
-    options = {"epochs": epochs, "batch": batch, "lr": lr}
+    options: dict[str, Any] = {"epochs": epochs, "batch": batch, "lr": lr}
     trained = {
         (family, depth): curves.train(
             title(family, depth), partial(build, family, depth, len(images.classes)), images, seeds, **options
@@ -116,7 +117,7 @@ def _plot(trained: dict[tuple[str, int], Trained]) -> Plot:
         networks = [network for (kind, _), network in trained.items() if kind == family]
         curves.draw(axis, networks, figures.COLORS, top=100)
         axis.set_title(f"{name} networks", fontsize=10, loc="left")
-    axes[0].set_ylabel("error, %", fontsize=9)
+    axes[0].set_ylabel("error, % (dashed: training)", fontsize=9)
     return Plot(
         "degradation", figure, "Errors by epoch: training dashed, test solid; at the right the last test error."
     )

@@ -95,7 +95,7 @@ class Flow:
 
 def gradient_flow(
     *,
-    depths: tuple[int, ...] = (20, 56, 110),
+    depths: tuple[int, ...] = (8, 20, 56),
     families: tuple[str, ...] = FAMILIES,
     epochs: int = 2,
     batch: int = 64,
@@ -125,7 +125,7 @@ def gradient_flow(
     images = training.load_data(data, root)
     if not 2 <= probe <= len(images.train):
         raise UserError(f"--probe must be from 2 to {len(images.train)} images, not {probe}")
-    options = {"epochs": epochs, "batch": batch, "lr": lr}
+    options: dict[str, Any] = {"epochs": epochs, "batch": batch, "lr": lr}
     flows = {
         (family, depth): _flow(family, depth, images, probe, seed, options) for depth in found for family in families
     }
@@ -252,7 +252,7 @@ def _blocks(flows: dict[tuple[str, int], Flow]) -> Table:
 
 def _plot_layers(flows: dict[tuple[str, int], Flow], depths: list[int], families: tuple[str, ...]) -> Plot:
     """A column for each family, rows for initialisation and training, a curve for each depth."""
-    figure, axes = figures.axes(len(families), 2, width=4.2, height=3)
+    figure, axes = figures.axes(len(families), 2, width=3.3, height=2.5)
     lowest = min(min(flow.first + flow.trained) for flow in flows.values())
     highest = max(max(flow.first + flow.trained) for flow in flows.values())
     for i, axis in enumerate(axes):
@@ -260,6 +260,7 @@ def _plot_layers(flows: dict[tuple[str, int], Flow], depths: list[int], families
         training = i >= len(families)
         axis.set_yscale("log")
         axis.set_ylim(lowest / 2, highest * 2)
+        axis.minorticks_off()
         labels = []
         for depth, color in zip(depths, (figures.COLORS[j % 6] for j in range(len(depths))), strict=True):
             norms = flows[family, depth].trained if training else flows[family, depth].first
@@ -268,7 +269,7 @@ def _plot_layers(flows: dict[tuple[str, int], Flow], depths: list[int], families
             labels.append((norms[-1], title(family, depth), color))
         curves.label_ends(axis, labels)
         axis.set_title("last epoch of training" if training else "initialisation", fontsize=10, loc="left")
-        axis.set_xlabel("place of the layer, 0: at the input, 1: at the output", fontsize=9)
+        axis.set_xlabel("layer, 0: first, 1: last", fontsize=9)
         if i % len(families) == 0:
             axis.set_ylabel("norm of the weights' gradient", fontsize=9)
     return Plot("gradient-flow-layers", figure, "Norms of the gradients of the convolutions' weights, layer by layer.")

@@ -28,8 +28,8 @@ LIMITS = (
 OPTIONS = {
     "none": "none (plain)",
     "A": "A: zero padding",
-    "B": "B: projection where sizes change",
-    "C": "C: projection everywhere",
+    "B": "B: some projections",
+    "C": "C: all projections",
 }
 
 
@@ -39,7 +39,7 @@ def shortcuts(
     epochs: int = 6,
     batch: int = 64,
     lr: float = 0.1,
-    seeds: tuple[int, ...] = (0, 1),
+    seeds: tuple[int, ...] = (0,),
     data: str = "digits",
     root: str = "",
 ) -> Report:
@@ -59,7 +59,7 @@ def shortcuts(
     """
     check_depths([depth])
     images = training.load_data(data, root)
-    options = {"epochs": epochs, "batch": batch, "lr": lr}
+    options: dict[str, Any] = {"epochs": epochs, "batch": batch, "lr": lr}
     trained = {
         option: curves.train(name, partial(_network, option, depth, len(images.classes)), images, seeds, **options)
         for option, name in OPTIONS.items()
@@ -132,13 +132,13 @@ def _plot(trained: dict[str, Trained]) -> Plot:
     figure, (errors, costs) = figures.axes(2)
     colors = (figures.COLORS[5], figures.COLORS[0], figures.COLORS[3], figures.COLORS[2])
     curves.draw(errors, list(trained.values()), colors, top=100)
-    errors.set_ylabel("error, %", fontsize=9)
+    errors.set_ylabel("error, % (dashed: training)", fontsize=9)
     for (option, network), color in zip(trained.items(), colors, strict=True):
         parameters, error = network.parameters / 1e3, network.last("test_error")
         costs.plot(parameters, error, "o", color=color, markersize=8)
         costs.annotate(option, (parameters, error), (6, 6), textcoords="offset points", fontsize=9, color=color)
     costs.set_xlabel("parameters, thousands", fontsize=9)
     costs.set_ylabel("test error in the last epoch, %", fontsize=9)
-    costs.set_ylim(0)
+    costs.set_ylim(0, 1.15 * max(network.last("test_error") for network in trained.values()) + 1)
     costs.margins(x=0.2)
     return Plot("shortcuts", figure, "Left: errors by epoch, training dashed, test solid. Right: what parameters buy.")
