@@ -31,9 +31,9 @@ NAMES = {"resnet": "post-activation (v1)", "resnet_v2": "pre-activation (v2)"}
 def activation_order(
     *,
     depths: tuple[int, ...] = (20, 56),
-    epochs: int = 4,
-    batch: int = 64,
-    lr: float = 0.1,
+    epochs: int = 3,
+    batch: int = 32,
+    lr: float = 0.02,
     seeds: tuple[int, ...] = (0,),
     data: str = "digits",
     root: str = "",

@@ -55,11 +55,11 @@ class Outcome:
 
 def batch_norm(
     *,
-    rates: tuple[float, ...] = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     families: tuple[str, ...] = ("plain", "resnet"),
-    depth: int = 20,
+    depth: int = 14,
     epochs: int = 2,
-    batch: int = 64,
+    batch: int = 32,
     seeds: tuple[int, ...] = (0,),
     data: str = "digits",
     root: str = "",

@@ -26,11 +26,11 @@ CLAIM = (
     "(dF/dx + 1), so that it does not vanish however small the weights are."
 )
 LIMITS = (
-    "At initialisation, and in some dozens of steps; a network trained to the end may differ. The identity says that "
-    "a term 1 is there, not that the sum is at least 1, as it is often put: the two terms can cancel in part, and "
-    "the ReLU of a v1 block drops the gradient where it is off. Gradients of weights before a batch norm scale with "
-    "one over the norm of the weights, so those of different layers compare only roughly; dL/dx does not depend on "
-    "that."
+    "Norms are those at initialisation and in some dozens of steps; a network trained to the end may differ. The "
+    "identity says that a term 1 is there, not that the sum is at least 1, as it is often put: the two terms can "
+    "cancel in part, and the ReLU of a v1 block drops the gradient where it is off. Gradients of weights before a "
+    "batch norm scale with one over the norm of the weights, so those of different layers compare only roughly; "
+    "dL/dx does not depend on that."
 )
 #: Gradients that are this many times larger at one end of a network than at the other are not healthy.
 HEALTHY = 1000.0
@@ -97,9 +97,9 @@ def gradient_flow(
     *,
     depths: tuple[int, ...] = (8, 20, 56),
     families: tuple[str, ...] = FAMILIES,
-    epochs: int = 2,
-    batch: int = 64,
-    lr: float = 0.1,
+    epochs: int = 1,
+    batch: int = 32,
+    lr: float = 0.02,
     probe: int = 16,
     seed: int = 0,
     data: str = "digits",

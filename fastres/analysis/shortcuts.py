@@ -36,9 +36,9 @@ OPTIONS = {
 def shortcuts(
     *,
     depth: int = 32,
-    epochs: int = 6,
-    batch: int = 64,
-    lr: float = 0.1,
+    epochs: int = 3,
+    batch: int = 32,
+    lr: float = 0.02,
     seeds: tuple[int, ...] = (0,),
     data: str = "digits",
     root: str = "",
