@@ -11,9 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastres.analysis.activation_order import activation_order
+from fastres.analysis.batch_norm import batch_norm
+from fastres.analysis.degradation import degradation
+from fastres.analysis.gradient_flow import gradient_flow
 from fastres.analysis.report import Plot, Report, Table
+from fastres.analysis.shortcuts import shortcuts
 
-__all__ = ["ANALYSES", "Plot", "Report", "Table"]
+__all__ = [
+    "ANALYSES",
+    "Plot",
+    "Report",
+    "Table",
+    "activation_order",
+    "batch_norm",
+    "degradation",
+    "gradient_flow",
+    "shortcuts",
+]
 
 #: By the name that `fastres analyze` takes.
-ANALYSES: dict[str, Callable[..., Report]] = {}
+ANALYSES: dict[str, Callable[..., Report]] = {
+    "degradation": degradation,
+    "gradient-flow": gradient_flow,
+    "shortcuts": shortcuts,
+    "batch-norm": batch_norm,
+    "activation-order": activation_order,
+}

@@ -21,9 +21,10 @@ __all__ = ["History", "load_data", "train"]
 History = list[dict[str, Any]]
 
 
-def load_data(data: str = "digits", root: str = "", *, augment: str = "crop") -> Data:
-    """A data set of `fastres train`. Raises UserError if it cannot be read."""
-    return datasets.load(_options(data, root, augment=augment))
+def load_data(data: str = "digits", root: str = "", *, augment: str = "") -> Data:
+    """A data set of `fastres train`, with the augmentation that suits it, or another one. Raises UserError if it cannot
+    be read."""
+    return datasets.load(_options(data, root, **({"augment": augment} if augment else {})))
 
 
 def train(
