@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from fastres.analysis import ANALYSES
 from fastres.analysis.report import Report
+from fastres.train import Stopped
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -72,13 +74,19 @@ def _argument_docs(text: str) -> dict[str, str]:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Runs the analysis that was asked for, prints its report, writes its files."""
+    """Runs the analysis that was asked for, prints its report, writes its files. The exit code is 1 if a training
+    diverged, and 128 and the signal's number if one ended it."""
     import torch
 
     if given.threads:
         torch.set_num_threads(given.threads)
     analysis: Callable[..., Report] = given.analysis
-    report = analysis(**{name: getattr(given, name) for name in inspect.signature(analysis).parameters})
+    options = {name: getattr(given, name) for name in inspect.signature(analysis).parameters}
+    try:
+        report = analysis(**options)
+    except Stopped as stop:
+        print(f"fastres analyze: {stop}", file=sys.stderr)
+        return 128 + stop.signal if stop.signal else 1
     print(report)
     print("\nwritten: " + " ".join(map(str, report.write(given.out))))
     return 0

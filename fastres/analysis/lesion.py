@@ -65,9 +65,9 @@ class _Lesions:
 
 def lesion(
     *,
-    models: tuple[str, ...] = ("resnet56", "resnet20", "plain20"),
+    models: tuple[str, ...] = ("resnet20", "resnet32", "plain20"),
     checkpoint: tuple[str, ...] = (),
-    epochs: int = 8,
+    epochs: int = 10,
     batch: int = 64,
     lr: float = 0.1,
     seed: int = 0,

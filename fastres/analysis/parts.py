@@ -85,7 +85,7 @@ class Part:
         return self.name or (first if first == last else f"{first} .. {last}")
 
     def layers(self, *, shortcut: bool = False) -> str:
-        """Convolutions, linear layers and pooling, without its shortcut or of that: "3x3 64 /2", kernel, channels, stride."""
+        """What has weights or pools, of the branch or of the shortcut: "3x3 64 /2" for kernel, channels, stride."""
         rows = [row for row in self.rows if (row.layer.name in self.shortcut_layers) is shortcut]
         return ", ".join(text for row in rows if (text := describe(row.module)))
 

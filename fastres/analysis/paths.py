@@ -35,9 +35,9 @@ SHARE = 0.95
 
 def paths(
     *,
-    model: str = "resnet56",
+    model: str = "resnet32",
     checkpoint: str = "",
-    epochs: int = 8,
+    epochs: int = 10,
     batch: int = 64,
     lr: float = 0.1,
     seed: int = 0,
@@ -208,12 +208,13 @@ def _plot(n: int, norms: Sequence[Sequence[float]], total: Sequence[float], sums
     figure, (number, norm, share) = figures.axes(3, width=4.2, height=3.4)
     lengths = np.arange(n + 1)
     green, red, blue = figures.COLORS[:3]
-    number.bar(lengths, counts(n), color=blue, width=0.85)
+    number.bar(lengths, [float(count) for count in counts(n)], color=blue, width=0.85)
     number.set_ylabel("number of paths", fontsize=9)
     means = [fmean(values) for values in norms]
     norm.plot(lengths, means, "o-", color=green, markersize=3, linewidth=1.5)
     norm.fill_between(lengths, [min(v) for v in norms], [max(v) for v in norms], color=green, alpha=0.2, linewidth=0)
     norm.set_yscale("log")
+    norm.tick_params(which="both", labelsize=8)
     norm.set_ylabel("norm of the gradient at the images", fontsize=9)
     share.bar(
         lengths, [100 * value for value in total], color=green, width=0.85, label="paths x mean norm (the paper's)"
@@ -221,17 +222,15 @@ def _plot(n: int, norms: Sequence[Sequence[float]], total: Sequence[float], sums
     share.plot(
         lengths, [100 * value for value in sums], "o-", color=red, markersize=3, linewidth=1.2, label="exact sums"
     )
-    share.axvline(n / 2, color="#6b7a88", linewidth=1, linestyle=":")
-    share.annotate(
-        "average path", (n / 2, 0.99), xycoords=("data", "axes fraction"), rotation=90, fontsize=7.5, va="top",
-        ha="right", color="#6b7a88",
-    )  # fmt: skip
+    share.axvline(n / 2, color=figures.COLORS[5], linewidth=1, linestyle=":", label="length of the average path")
     share.set_ylabel("share of the gradient, %", fontsize=9)
-    share.legend(fontsize=7.5, frameon=False)
+    share.set_ylim(top=1.3 * 100 * max(*total, *sums))  # room for the legend
+    share.legend(fontsize=7.5, frameon=False, loc="upper right")
     titles = ("paths of each length", "gradient along one path", "gradient along all of them")
     for axis, title in zip((number, norm, share), titles, strict=True):
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("length: branches on the path", fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     caption = (
         "Left: the number of paths of each length. Middle: the norm of the gradient that arrives at the images along "
         "one path, mean and range of random ones. Right: what all paths of a length contribute."

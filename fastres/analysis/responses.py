@@ -64,9 +64,9 @@ class _Network:
 
 def responses(
     *,
-    models: tuple[str, ...] = ("resnet20", "plain20", "resnet56", "plain56"),
+    models: tuple[str, ...] = ("resnet20", "plain20", "resnet32", "plain32"),
     checkpoint: tuple[str, ...] = (),
-    epochs: int = 8,
+    epochs: int = 10,
     batch: int = 64,
     lr: float = 0.1,
     seed: int = 0,
