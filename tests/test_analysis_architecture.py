@@ -27,8 +27,8 @@ def take_apart(name: str, **options: Any) -> parts.Network:
 @pytest.mark.parametrize(
     ("name", "pixels"),
     [
-        # Araujo et al. 2019: 483, 1027, 1507 for ResNet-50, -101, -152 with the stride in the 1x1.
-        *(("resnet50_v1", 483), ("resnet101_v1", 1027), ("resnet152_v1", 1507)),
+        # Araujo et al. 2019: 483 and 1027 for ResNet-50 and -101 with the stride in the 1x1.
+        *(("resnet50_v1", 483), ("resnet101_v1", 1027)),
         *(("resnet50", 427), ("resnet18", 435), ("resnet34", 899), ("resnext50_32x4d", 427), ("resnet18_v2", 435)),
     ],
 )
@@ -147,7 +147,7 @@ def report_of(model: str, **options: Any) -> tuple[Any, dict[str, tuple[str, str
     return report, {aspect: (paper, here, same) for aspect, paper, here, same in report.tables[0].rows}
 
 
-@pytest.mark.parametrize("name", ["resnet50_v1", "resnet34", "resnet152_v1", "resnet20", "resnet110"])
+@pytest.mark.parametrize("name", ["resnet50_v1", "resnet34", "resnet20", "resnet44"])
 def test_networks_of_the_paper(name: str) -> None:
     report, aspects = report_of(name)
     assert report.verdict == "reproduced" and {same for _, _, same in aspects.values()} == {"yes"}

@@ -89,10 +89,11 @@ def _take_apart(name: str, size: int) -> Network:
 
 
 def _sentence(name: str, net: Network, same: int, aspects: int) -> str:
-    field = next((p.trace for p in reversed(net.blocks) if p.trace), None)
-    seen = (
-        "" if field is None else f", a receptive field of {_pixels(field.receptive_field)} pixels behind the last block"
-    )
+    trace = next((part.trace for part in reversed(net.blocks) if part.trace), None)
+    pixels, seen = None if trace is None else trace.receptive_field, ""
+    if pixels is not None:
+        extent = "the whole image" if math.isinf(pixels) else f"{pixels:.0f} pixels"
+        seen = f", a receptive field of {extent} behind the last block"
     return (
         f"{name}: {net.depth} layers on the longest way, {len(net.blocks)} blocks, "
         f"{net.parameters / 1e6:.2f} million parameters, {net.summary.multiply_adds / 1e6:,.0f} million multiply-adds"

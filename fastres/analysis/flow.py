@@ -196,7 +196,7 @@ class _Watcher(TorchDispatchMode):
         before = () if start is None else start.layers
         layers = traces[i].layers[len(before) :]
         if given[i] or traces[i].made_by == "add":
-            kind = "identity"
+            kind, layers = "identity", ()
         elif layers:
             kind = "projection"
         else:

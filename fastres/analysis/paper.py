@@ -63,8 +63,14 @@ ROUNDING = 0.03
 
 
 def find(net: Network) -> Paper | None:
-    """The network of the paper that has as many layers, and three or four stages as this one."""
-    return (_SMALL if len(parts.stages(net.blocks)) == 3 else _LARGE).get(net.depth)
+    """The network of the paper that has as many blocks of this kind in each stage; else, as many layers."""
+    stages = parts.stages(net.blocks)
+    if len(stages) not in (3, 4):
+        return None
+    known = _SMALL if len(stages) == 3 else _LARGE
+    counts, kernels = tuple(map(len, stages)), {_kernels(block) for block in net.blocks}
+    same = (paper for paper in known.values() if paper.blocks == counts and {paper.kernels} == kernels)
+    return next(same, known.get(net.depth))
 
 
 def compare(net: Network, paper: Paper | None) -> list[Check]:
@@ -156,7 +162,7 @@ def _start(block: Part) -> str:
 
 
 def _kinds(net: Network, matches: Callable[[Any], bool]) -> str:
-    return _each(type(row.module).__name__ for row in net.rows if matches(row.module))
+    return _each(type(module).__name__ for module in net.modules if matches(module))
 
 
 def _others(blocks: Sequence[Part]) -> str:

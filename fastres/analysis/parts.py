@@ -14,8 +14,8 @@ from fastres.summary import Layer, Summary, summarise
 
 __all__ = ["Network", "Part", "take_apart"]
 
-#: Classes of layers whose name says that they are an activation or a normalisation; timm has one class for both.
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.ELU, nn.PReLU, nn.Mish)
+#: By name, without regard to case: libraries have classes of their own.
+_ACTIVATIONS = ("relu", "relu6", "leakyrelu", "prelu", "elu", "gelu", "quickgelu", "silu", "swish", "hardswish", "mish")
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,16 @@ class Part:
 
     @property
     def shortcut_layers(self) -> set[str]:
-        return {name for addition in self.additions for name in addition.layers}
+        """Those on the shortcuts, and what shares a module inside the block with them: pooling, batch norm."""
+        weighted = {name for addition in self.additions for name in addition.layers}
+        inside = {_parent(name) for name in weighted} - {self.name}
+        return weighted | {row.layer.name for row in self.rows if _parent(row.layer.name) in inside}
 
     @property
     def convolutions(self) -> list[nn.Conv2d]:
-        """Those that are not on the shortcut, in order."""
-        shortcut = self.shortcut_layers
-        return [r.module for r in self.rows if isinstance(r.module, nn.Conv2d) and r.layer.name not in shortcut]
+        """Those that are not on the shortcut, in order; nor of a gate, which are of a single pixel."""
+        rows = [r for r in self.rows if isinstance(r.module, nn.Conv2d) and r.layer.name not in self.shortcut_layers]
+        return [r.module for r in rows if r.layer.shape[2:] != (1, 1) or self.shape[2:] == (1, 1)]
 
     @property
     def shortcut(self) -> str:
@@ -92,12 +95,13 @@ class Part:
 
 @dataclass
 class Network:
-    """parts, rows: in order. summary: of its layers. output: of the network; its layers are the longest way through it.
+    """parts, rows: in order. modules: all. summary: of the layers. output: what it sees, and its longest way of layers.
     parameters: also those that modules with children hold themselves."""
 
     parts: list[Part]
     summary: Summary
     rows: list[Row]
+    modules: list[nn.Module]
     output: Trace
     parameters: int
 
@@ -132,12 +136,11 @@ def describe(module: Any) -> str:
 
 
 def is_norm(module: Any) -> bool:
-    name = type(module).__name__
-    return "Norm" in name or name == "FrozenBatchNorm2d"
+    return "Norm" in type(module).__name__ and bool(module._parameters or module._buffers)  # not what only holds one
 
 
 def is_activation(module: Any) -> bool:
-    return isinstance(module, _ACTIVATIONS)
+    return type(module).__name__.lower() in _ACTIVATIONS
 
 
 def take_apart(model: nn.Module, input_shape: tuple[int, int, int, int]) -> Network:
@@ -163,16 +166,22 @@ def take_apart(model: nn.Module, input_shape: tuple[int, int, int, int]) -> Netw
         part = Part(name, kind, list(group), [a for a in flow.additions if a.block == name], entry)
         parts.append(part)
         entry = part.shape
-    return Network(parts, summary, rows, flow.output, sum(p.numel() for p in model.parameters()))
+    count = sum(p.numel() for p in model.parameters())
+    return Network(parts, summary, rows, list(modules.values()), flow.output, count)
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _part_of(row: Row, blocks: set[str]) -> str:
-    """The innermost block with a shortcut that holds the layer, else the module that holds it."""
+    """The innermost block with a shortcut that holds the layer; else its module, or one that is as deep as blocks."""
     path = row.layer.name.split(".")
     inside = [".".join(path[:i]) for i in range(len(path), 0, -1)]
     if row.layer.kind == "add":
         return row.layer.name
-    return next((name for name in inside if name in blocks), ".".join(path[:-1]))
+    depth = min((name.count(".") + 1 for name in blocks), default=len(path))
+    return next((name for name in inside if name in blocks), ".".join(path[:-1][:depth]))
 
 
 def stages(blocks: Sequence[Part]) -> list[list[Part]]:
