@@ -261,29 +261,30 @@ def _tables(networks: list[_Lesions]) -> list[Table]:
 
 
 def _plot(networks: list[_Lesions], chance: float) -> Plot:
-    figure, (one, many, moved) = figures.axes(3, width=4.2, height=3.6)
+    figure, (one, many, moved) = figures.axes(3, width=4.2, height=3.7)
     for n, color in zip(networks, figures.cycle(len(networks)), strict=True):
         at = np.linspace(0, 1, n.count) if n.count > 1 else np.zeros(1)
         errors = np.array([error for _, _, error in n.single])
         changes = np.array([changes for _, changes, _ in n.single])
-        one.plot(at, errors, "-", color=color, linewidth=1.5, label=f"{_label(n)}, whole: {n.error:.1f} %")
+        one.plot(at, errors, "-", color=color, linewidth=1.5, label=f"{n.name.lstrip('_')}: {n.error:.1f} % as it is")
         one.plot(at[~changes], errors[~changes], "o", color=color, markersize=4)
         one.plot(at[changes], errors[changes], "s", color=color, markersize=6, markerfacecolor="white")
         removed = {0: [n.error]} | n.removed
         counts = np.array(sorted(removed)) / n.count
         columns = [removed[count] for count in sorted(removed)]
-        many.plot(counts, [fmean(c) for c in columns], "o-", color=color, markersize=3, linewidth=1.5, label=_label(n))
+        many.plot(counts, [fmean(c) for c in columns], "o-", color=color, markersize=3, linewidth=1.5)
         many.fill_between(
             counts, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15, linewidth=0
         )
         if n.order:
             taus, after = zip(*[(tau, error) for _, tau, error in n.order], strict=True)
-            moved.plot(taus, after, "o", color=color, markersize=4, alpha=0.7, label=_label(n))
+            moved.plot(taus, after, "o", color=color, markersize=4, alpha=0.7)
     _finish(one, "one block dropped", "its place in the network (first 0, last 1)", chance)
     _finish(many, "some blocks dropped", "share of the blocks that are dropped", chance)
     _finish(moved, "blocks change places", "order that is left (Kendall's tau; 1: all)", chance)
     moved.invert_xaxis()
     one.set_ylabel("test error, %", fontsize=9)
+    figure.legend(*one.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     caption = (
         "Test error after a lesion. Left: without one block; open squares are blocks that change sizes. Middle: "
         "without some, chosen at random; mean and range. Right: with pairs of blocks of one size swapped; the blocks "
@@ -292,14 +293,8 @@ def _plot(networks: list[_Lesions], chance: float) -> Plot:
     return Plot("lesion", figure, caption)
 
 
-def _label(n: _Lesions) -> str:
-    return n.name.lstrip("_")  # to matplotlib it means: not in the legend
-
-
 def _finish(axis: Any, title: str, x: str, chance: float) -> None:
     axis.axhline(chance, color="#6b7a88", linewidth=1, linestyle=":")
     axis.set_ylim(-2, 104)
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel(x, fontsize=9)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=7.5, frameon=False)

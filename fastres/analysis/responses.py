@@ -244,8 +244,8 @@ def _plot(networks: Sequence[_Network]) -> Plot:
     ):
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel(x, fontsize=9)
-        axis.set_ylim(bottom=0)
-        axis.legend(fontsize=7.5, frameon=False, title="mean in brackets", title_fontsize=7.5)
+        axis.set_ylim(0, 1.08 * max(layer.std for n in networks for layer in n.layers))
+    ranked.legend(fontsize=7.5, frameon=False, title="mean in brackets", title_fontsize=7.5, loc="lower right")
     ordered.set_ylabel("standard deviation of the response", fontsize=9)
     caption = (
         "The responses of the 3x3 layers, behind batch norm and before ReLU or addition, as in Figure 7 of the paper. "
