@@ -12,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastres.analysis.activation_order import activation_order
+from fastres.analysis.architecture import architecture
 from fastres.analysis.batch_norm import batch_norm
 from fastres.analysis.degradation import degradation
 from fastres.analysis.gradient_flow import gradient_flow
+from fastres.analysis.lesion import lesion
+from fastres.analysis.paths import paths
 from fastres.analysis.report import Plot, Report, Table
+from fastres.analysis.responses import responses
 from fastres.analysis.shortcuts import shortcuts
 
 __all__ = [
@@ -24,9 +28,13 @@ __all__ = [
     "Report",
     "Table",
     "activation_order",
+    "architecture",
     "batch_norm",
     "degradation",
     "gradient_flow",
+    "lesion",
+    "paths",
+    "responses",
     "shortcuts",
 ]
 
@@ -37,4 +45,8 @@ ANALYSES: dict[str, Callable[..., Report]] = {
     "shortcuts": shortcuts,
     "batch-norm": batch_norm,
     "activation-order": activation_order,
+    "lesion": lesion,
+    "paths": paths,
+    "responses": responses,
+    "architecture": architecture,
 }

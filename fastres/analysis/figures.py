@@ -9,7 +9,7 @@ from fastres.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "axes"]
+__all__ = ["COLORS", "axes", "cycle"]
 
 #: Told apart by the colour-blind too; the first is for what the figure is about.
 COLORS = ("#1b7f5c", "#d1495b", "#2f6690", "#e0a030", "#7b5ea7", "#6b7a88")
@@ -36,3 +36,8 @@ def axes(columns: int = 1, rows: int = 1, *, width: float = 4.5, height: float =
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     return figure, found
+
+
+def cycle(count: int) -> list[str]:
+    """So many colours; they come again after the last."""
+    return [COLORS[i % len(COLORS)] for i in range(count)]

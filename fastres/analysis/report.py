@@ -53,7 +53,12 @@ class Table:
         """For a terminal."""
         rows = [tuple(map(str, self.columns)), *(tuple(map(_short, row)) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+        words = [all(isinstance(value, str) for value in column) for column in zip(*self.rows, strict=True)]
+        sides = [str.ljust if text else str.rjust for text in words or [False] * len(widths)]
+        lines = (
+            "  ".join(place(cell, width) for cell, width, place in zip(row, widths, sides, strict=True)) for row in rows
+        )
+        return "\n".join(line.rstrip() for line in lines)
 
 
 @dataclass(frozen=True)
