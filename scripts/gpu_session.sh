@@ -6,6 +6,7 @@
 #     scripts/gpu_session.sh [UNIT...]          units of benchmarks/gpu.py; none: all that are missing, in order of value
 #     OUT=folder SECONDS_MAX=590 TESTS_MAX=230 PYTHON=python3.12 scripts/gpu_session.sh networks/resnet50
 #     TESTS_MAX=0 scripts/gpu_session.sh        no tests
+#     BUILD_MAX=300 scripts/gpu_session.sh      seconds for compiling (16 processors need less than 60)
 #
 # Everything lands in $OUT (default: build/gpu): build.log, tests.log, sanitizer.log, bench.log, gpu-<device>.json and its
 # charts. Results that benchmarks/results has already are copied there first, and so go on. What is compiled lands in
@@ -35,7 +36,7 @@ elif [ -z "$arch" ]; then
 else
   sources=$(cat setup.py csrc/checks.h csrc/cuda/* | cksum)" $arch $("$python" -c "import torch; print(torch.__version__)")"
   if [ "$sources" != "$(cat "$built/sources" 2>/dev/null)" ] || [ ! -f "$built/lib/fastres/_cuda.abi3.so" ]; then
-    FASTRES_BUILD_EXT=0 FASTRES_CUDA=1 FASTRES_CUDA_ARCHS=$arch timeout -k 5 120 "$python" setup.py -q \
+    FASTRES_BUILD_EXT=0 FASTRES_CUDA=1 FASTRES_CUDA_ARCHS=$arch timeout -k 5 "${BUILD_MAX:-120}" "$python" setup.py -q \
       build_ext --build-lib "$built/lib" --build-temp "$built/temp" >"$out/build.log" 2>&1 \
       && echo "$sources" >"$built/sources" || status=1
   fi
