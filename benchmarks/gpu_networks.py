@@ -12,10 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastres.bench import harness
+from fastres.kernels import cuda
 
 EAGER, COMPILE, AUTOTUNE, OURS, GRAPH = "channels_last", "compile", "autotune", "fastres", "fastres_graph"
-ALL = (EAGER, COMPILE, AUTOTUNE, OURS, GRAPH)
+REDUCE, TENSORRT, CUDA, GRAPHED = "reduce_overhead", "tensorrt", "fastres_cuda", "fastres_graphed"
 MOST = (EAGER, COMPILE, OURS, GRAPH)  # max-autotune takes minutes to set up: at the main points only
+#: Of the main points.
+ALL = {
+    "train": (EAGER, COMPILE, AUTOTUNE, OURS, CUDA, GRAPH),
+    "infer": (EAGER, COMPILE, AUTOTUNE, TENSORRT, OURS, GRAPH),
+}
+#: Where launches take the time.
+ONE = (EAGER, REDUCE, TENSORRT, OURS, GRAPH, GRAPHED)
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "tf32": "tf32", "float32": "fp32"}
 _MODES = {"train": "training", "infer": "inference"}
 
@@ -46,13 +54,15 @@ class Point:
         """About how long it takes: processes, set-ups, rounds."""
         deep = {"resnet18": 1.0, "resnet50": 1.5, "resnet152": 3.0}.get(self.model, 1.0)
         setups = {EAGER: 5, COMPILE: 25, AUTOTUNE: 60, OURS: 10, GRAPH: 12}
+        setups |= {REDUCE: 30, TENSORRT: 1, CUDA: 10, GRAPHED: 10}  # TensorRT: mostly it is not there
         return 15 + deep * sum(setups[name] for name in self.contenders)
 
 
 def speed_points() -> list[Point]:
     """Points of speed and memory, the most telling first."""
     pairs = [(model, mode) for model in ("resnet50", "resnet18", "resnet152") for mode in ("train", "infer")]
-    found = [Point(model, mode, "bfloat16", 256, ALL) for model, mode in pairs[:4]]
+    found = [Point(model, mode, "bfloat16", 256, ALL[mode]) for model, mode in pairs[:4]]
+    found.insert(2, Point("resnet50", "infer", "bfloat16", 1, ONE))
     found += [Point(model, mode, "bfloat16", 256, MOST) for model, mode in pairs[4:]]
     found += [Point("resnet50", mode, dtype, 256, MOST) for dtype in ("float16", "tf32") for mode in _MODES]
     found += [Point("resnet50", mode, "bfloat16", batch, MOST) for batch in (32, 512, 128, 64) for mode in _MODES]
@@ -86,6 +96,7 @@ def quick_points() -> list[Point]:
     """Every kind of point, tiny, for a CPU."""
     small = {"batch": 4, "contenders": (EAGER, OURS, GRAPH), "size": 64}
     found = [Point("resnet18", mode, dtype, **small) for mode in _MODES for dtype in ("float32", "bfloat16")]
+    found.append(Point("resnet18", "infer", "float32", 1, (EAGER, TENSORRT, OURS, GRAPHED), size=64))
     return [*found, Point("resnet18", "train", "float32", **small, parity=True)]
 
 
@@ -98,6 +109,10 @@ def why_synthetic() -> str:
 def measure(point: Point, device: str, quick: bool, timeout: float, say: Callable[[str], None]) -> dict[str, Any]:
     """The table of a point. A contender that fails, or whose set-up takes longer than `timeout` seconds, is in it with
     the reason."""
+    contenders = list(point.contenders)
+    if CUDA in contenders and (why := cuda.unavailable()):
+        say(f"{CUDA} is left out: {why}")
+        contenders.remove(CUDA)
     options = harness.Options(
         models=[point.model],
         modes=[point.mode],
@@ -105,7 +120,7 @@ def measure(point: Point, device: str, quick: bool, timeout: float, say: Callabl
         dtype=point.dtype,
         device=device,
         threads=1 if quick else 0,
-        contenders=list(point.contenders),
+        contenders=contenders,
         rounds=3 if quick or point.parity else 11,
         seconds=0.1 if quick or point.parity else 10.0,
         size=point.size,

@@ -1,4 +1,5 @@
 """Ceilings of a GPU, and every normalising op beside eager PyTorch and torch.compile: parts of benchmarks/gpu.py.
+"fastres" is what the kernel table chooses, "cuda" the CUDA C++ kernels, where they can run.
 
 The shapes are those of the activations of ResNet-50 and -18 (layers.py). GB/s count the bytes that the op cannot avoid
 to move, whoever computes it: so they compare contenders, and their share of the copy's is what is left to win.
@@ -20,10 +21,12 @@ from gpu_timing import Call, Stopwatch, ratio
 from layers import activations
 from torch import Tensor
 
+import fastres
 from fastres import functional
+from fastres.kernels import cuda
 
 DEPTHS = (50, 18)
-PROVIDERS = ("eager", "compile", "fastres")
+PROVIDERS = ("eager", "compile", "fastres", "cuda")
 _COMPILE_SECONDS = 120  # torch.compile takes part so long: the other times are worth more on a lent machine
 _PRODUCT = 8192
 _COPIES = tuple(1 << exponent for exponent in range(24, 34))  # bytes that a copy moves: read and written
@@ -203,6 +206,16 @@ def call(case: Case, function: Callable[..., Tensor], operands: Operands) -> Cal
     return forward
 
 
+def by_cuda(call: Call) -> Call:
+    """The call with the CUDA kernels wherever there are any, in forward and in backward."""
+
+    def run(index: int) -> Any:
+        with fastres.use_kernels("cuda", "reference"):
+            return call(index)
+
+    return run
+
+
 def ops(
     watch: Stopwatch, dtype: torch.dtype, batch: int, can: dict[str, Any], quick: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -210,6 +223,7 @@ def ops(
     # torch.compile would free what backward reads, and could not be timed again and again.
     torch._functorch.config.donated_buffer = False
     rows = []
+    left_out = {"cuda": why} if (why := cuda.unavailable()) else {}
     compile_until = time.monotonic() + _COMPILE_SECONDS
     compiled: tuple[Any, Any] = (None, None)
     for case in cases():
@@ -230,20 +244,25 @@ def ops(
             "eager": partial(_eager, case.op, training),
             "compile": compiled[1],
             "fastres": partial(_fused, case.op, training),
+            "cuda": partial(_fused, case.op, training),
         }
         if time.monotonic() > compile_until:
             del functions["compile"]
-        times = watch.measure({name: call(case, function, operands) for name, function in functions.items()}, sets)
+        calls = {name: call(case, function, operands) for name, function in functions.items() if name not in left_out}
+        if "cuda" in calls:
+            calls["cuda"] = by_cuda(calls["cuda"])
+        times = watch.measure(calls, sets)
         times.setdefault("compile", {"failed": f"left out: {_COMPILE_SECONDS} s are over"})
         rows.append(row(case, batch, dtype, times, can))
         del operands
-    return {"batch": batch, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
+    return {"batch": batch, "dtype": str(dtype).removeprefix("torch."), "rows": rows, "left_out": left_out}
 
 
 def row(case: Case, batch: int, dtype: torch.dtype, times: dict[str, Any], can: dict[str, Any]) -> dict[str, Any]:
     """A case as it goes into the result file."""
     moved = case.bytes(batch, dtype.itemsize)
-    ours = times["fastres"].get("seconds")
+    bandwidths = {name: moved / found["seconds"] for name, found in times.items() if "seconds" in found}
+    shares = {name: rate / can["copy"] for name, rate in bandwidths.items()}
     return {
         "op": case.op,
         "mode": case.mode,
@@ -251,10 +270,12 @@ def row(case: Case, batch: int, dtype: torch.dtype, times: dict[str, Any], can: 
         "counts": case.counts,
         "bytes": moved,
         "times": times,
-        "bandwidth": moved / ours if ours else None,
-        "of_copy": moved / ours / can["copy"] if ours else None,
+        "bandwidth": bandwidths.get("fastres"),
+        "of_copy": shares.get("fastres"),
+        "shares": shares,
         "vs_eager": ratio(times, "fastres", "eager"),
         "vs_compile": ratio(times, "fastres", "compile"),
+        "cuda_vs_fastres": ratio(times, "cuda", "fastres"),
     }
 
 
@@ -267,6 +288,6 @@ def totals(table: dict[str, Any]) -> list[dict[str, Any]]:
         for network, count in one["counts"].items():
             sums = found.setdefault((network, one["mode"]), dict.fromkeys(PROVIDERS, 0.0))
             for name in PROVIDERS:
-                seconds, before = one["times"][name].get("seconds"), sums[name]
+                seconds, before = one["times"].get(name, {}).get("seconds"), sums[name]
                 sums[name] = None if seconds is None or before is None else before + count * seconds
     return [{"network": network, "mode": mode, **sums} for (network, mode), sums in found.items()]

@@ -16,6 +16,7 @@ from fastres import images
 from fastres.bench import harness
 from fastres.bench.table import contender_class
 from fastres.bench.task import Task, prepared_model, write_files
+from fastres.kernels import cuda
 
 _STEPS = 3
 _LONGEST = 25
@@ -36,13 +37,14 @@ def kind(name: str) -> str:
 
 
 def split(point: gpu_networks.Point, device: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """One training step of eager channels_last and of fastres: seconds of all its kernels, by kind and by name."""
+    """One training step of eager channels_last and of fastres, by its own choice of kernels and by those of CUDA C++:
+    launches, and seconds of all kernels by kind and by name."""
     found = []
     with tempfile.TemporaryDirectory(prefix="fastres-profile-") as folder:
         photos = images.synthetic(point.batch, point.size)
         write_files(prepared_model(point.model, photos[:16]), photos, folder)
         task = Task(point.model, point.mode, point.batch, point.dtype, device, point.size, 0, folder)
-        for name in harness.ALWAYS:
+        for name in (*harness.ALWAYS, *(() if cuda.unavailable() else (gpu_networks.CUDA,))):
             say(name)
             contender = contender_class(name)(task)
             contender.setup()
@@ -72,6 +74,7 @@ def summary(rows: list[tuple[str, float, float]]) -> dict[str, Any]:
     return {
         "status": "ok",
         "seconds": sum(kinds.values()),
+        "launches": sum(calls for name, _, calls in rows if not name.startswith(("Memcpy", "Memset"))),
         "kinds": kinds,
         "longest": [{"name": name, "kind": kind(name), "seconds": s, "calls": calls} for name, s, calls in longest],
     }

@@ -20,7 +20,7 @@ def text(stage: str, result: dict[str, Any]) -> str:
 def ours_failed(unit: dict[str, Any]) -> bool:
     """Whether fastres itself failed somewhere in a unit."""
     contenders = [row for row in unit.get("contenders", []) if row["name"].startswith(harness.OURS)]
-    cases = [one["times"].get("fastres", {}) for one in unit.get("rows", [])]
+    cases = [one["times"].get(name, {}) for one in unit.get("rows", []) for name in ("fastres", "cuda")]
     return any(row["status"] == "failed" for row in contenders) or any("failed" in times for times in cases)
 
 
@@ -62,7 +62,8 @@ def ceilings(result: dict[str, Any]) -> str:
 
 
 def ops(result: dict[str, Any]) -> str:
-    head = ("op", "C x H x W", "eager us", "compile us", "fastres us", "GB/s", "of copy", "x eager", "x compile")
+    head = ("op", "C x H x W", *(f"{name} us" for name in gpu_ops.PROVIDERS))
+    head += ("GB/s", "of copy", "cuda of copy", "x eager", "x compile")
     rows = [
         (
             f"{one['op']} {one['mode']}",
@@ -70,6 +71,7 @@ def ops(result: dict[str, Any]) -> str:
             *(_microseconds(one["times"], name) for name in gpu_ops.PROVIDERS),
             _number(one["bandwidth"] and one["bandwidth"] / 1e9, "{:,.0f}"),
             _number(one["of_copy"], "{:.0%}"),
+            _number(one["shares"].get("cuda"), "{:.0%}"),
             _number(one["vs_eager"], "{:.2f}"),
             _number(one["vs_compile"], "{:.2f}"),
         )
@@ -84,7 +86,8 @@ def ops(result: dict[str, Any]) -> str:
     ]
     total = columns(("batch norms together", *(f"{name} ms" for name in gpu_ops.PROVIDERS)), sums)
     about = f"batch {result['batch']}, {result['dtype']}, channels_last"
-    return f"{about}\n{columns(head, rows)}{_failures(result['rows'])}\n\n{total}"
+    left_out = "".join(f"\n{name} is left out: {why}" for name, why in result["left_out"].items())
+    return f"{about}\n{columns(head, rows)}{_failures(result['rows'])}{left_out}\n\n{total}"
 
 
 def convolutions(result: dict[str, Any]) -> str:
@@ -152,10 +155,15 @@ def networks(table: dict[str, Any]) -> str:
 def split(result: dict[str, Any]) -> str:
     kinds = list(result["contenders"][0]["kinds"])
     rows = [
-        (row["name"], *(f"{value * 1e3:.3f}" for value in (row["seconds"], *row["kinds"].values())))
+        (
+            row["name"],
+            f"{row['launches']:g}",
+            *(f"{value * 1e3:.3f}" for value in (row["seconds"], *row["kinds"].values())),
+        )
         for row in result["contenders"]
     ]
-    parts = [f"{result['title']}: ms of a step's kernels\n{columns(('contender', 'all', *kinds), rows)}"]
+    head = ("contender", "launches", "all", *kinds)
+    parts = [f"{result['title']}: ms of a step's kernels\n{columns(head, rows)}"]
     for row in result["contenders"]:
         longest = [
             (one["name"][:90], one["kind"], f"{one['seconds'] * 1e3:.3f}", f"{one['calls']:g}")

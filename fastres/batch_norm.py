@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres import arguments, functional
+from fastres.ops import update_running_stats
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 
@@ -104,9 +105,12 @@ def options(bn: BatchNorm) -> dict[str, Any]:
     """Counts the batch, as its forward, and returns what fastres.functional's batch norms take of it: whether batch
     statistics are used, and of which processes; the momentum, or the counter in its place; eps."""
     counter = bn.num_batches_tracked
-    if bn.training and bn.track_running_stats and counter is not None:
-        counter.add_(1)
     cumulative = bn.momentum is None and bn.training and bn.track_running_stats
+    if bn.training and bn.track_running_stats and counter is not None:
+        if cumulative:  # it is read by this call
+            counter.add_(1)
+        else:
+            update_running_stats.count_batch(counter)
     return {
         "training": bn.training or (bn.running_mean is None and bn.running_var is None),
         "momentum": 0.0 if bn.momentum is None else bn.momentum,

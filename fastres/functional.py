@@ -374,4 +374,4 @@ def _update(
     count: int,
 ) -> None:
     if training and running_mean is not None and running_var is not None:
-        ops.update_running_stats.op(running_mean, running_var, mean, var, num_batches_tracked, momentum, count)
+        ops.update_running_stats.call(running_mean, running_var, mean, var, num_batches_tracked, momentum, count)

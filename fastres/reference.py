@@ -469,3 +469,17 @@ def update_running_stats_(
     unbiased = var * (count / max(count - 1, 1))
     running_mean.copy_(running_mean.double() * (1.0 - factor) + mean * factor)
     running_var.copy_(running_var.double() * (1.0 - factor) + unbiased * factor)
+
+
+def update_all_running_stats_(
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    means: list[Tensor],
+    vars: list[Tensor],
+    momenta: list[float],
+    counts: list[int],
+) -> None:
+    """update_running_stats_ of many layers, none of them twice."""
+    layers = zip(running_means, running_vars, means, vars, momenta, counts, strict=True)
+    for running_mean, running_var, mean, var, momentum, count in layers:
+        update_running_stats_(running_mean, running_var, mean, var, None, momentum, count)

@@ -8,15 +8,15 @@ parametrizations, SyncBatchNorm conversion, frozen batch norms and mode changes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import arguments, batch_norm, config, folding, functional, replay
+from fastres import arguments, batch_norm, config, folding, functional, ops, replay
 from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution as convolution_kernel
 from fastres.kernels import extension, program, table
@@ -82,6 +82,25 @@ def chain_of_blocks(
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     inputs = (x.shape, x.dtype, channels_last, config.winograd, table.setting())
     return replay.chain_of_blocks(owner, parts, forwards, x, inputs, forward)
+
+
+def together(network: nn.Module, x: Any) -> AbstractContextManager[None]:
+    """For the forward of a whole network: what each of its layers would launch for itself, casts of weights and updates
+    of running statistics, is launched once, where a kernel has that."""
+    if torch.compiler.is_compiling() or not network.training or type(x) is not Tensor:
+        return nullcontext()
+    if not table.fused_kernel_serves("update_all_running_stats_", ([x],)):
+        return nullcontext()
+    modules = list(network.modules())
+    if any(_GLOBAL_HOOKS) or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+        return nullcontext()  # a hook may look at running statistics
+    return _together([m for m in modules if type(m) is nn.Conv2d], x)
+
+
+@contextmanager
+def _together(convolutions: list[nn.Conv2d], x: Tensor) -> Iterator[None]:
+    with ops.cast_weights.together([conv.weight for conv in convolutions], x), ops.update_running_stats.together():
+        yield
 
 
 def _input_blocked(x: Any) -> str | None:

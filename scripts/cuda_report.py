@@ -33,6 +33,9 @@ CEILINGS = {
     "apply_kernel": 128,
     "backward_reduce_kernel": 128,
     "backward_apply_kernel": 128,
+    "join_kernel": 128,
+    "join_backward_reduce_kernel": 128,
+    "join_backward_apply_kernel": 128,
     "elementwise_kernel": 64,
     "maxpool_kernel": 128,
     "maxpool_backward_reduce_kernel": 128,
@@ -46,15 +49,18 @@ WIDE = {
     "apply_kernel": (4, 2),
     "backward_reduce_kernel": (4, 2),
     "backward_apply_kernel": (4, 2),
+    "join_kernel": (4, 2),
+    "join_backward_reduce_kernel": (6, 0),
+    "join_backward_apply_kernel": (3, 2),
     "elementwise_kernel": (4, 2),
     "maxpool_kernel": (3, 1),
     "maxpool_backward_reduce_kernel": (2, 0),
     "maxpool_backward_apply_kernel": (2, 1),
 }
 _NAME = re.compile(
-    r"\d+([a-z_]+_kernel)I(f|d|6__half|13__nv_bfloat16)(?:Lb([01])E)?(?:Li(\d+)E)?(?:NS\d_\d([A-Z]\w+?)E)?"
+    r"\d+([a-z_]+_kernel)(?:I(f|6__half|13__nv_bfloat16)(?:Lb([01])E)?(?:Li(\d+)E)?(?:NS\d_\d([A-Z]\w+?)E)?)?"
 )
-_DTYPES = {"f": "fp32", "d": "fp64", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+_DTYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16", None: ""}
 
 
 @dataclass

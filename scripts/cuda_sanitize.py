@@ -65,7 +65,7 @@ BUGS = (
         "tile.cuh",
         "r < view.count() && channel < view.channels",
         "channel < view.channels",
-        "heap-buffer-overflow",
+        "heap-buffer-overflow|heap-use-after-free",  # what lies so far behind may be the memory of another test
         "bn_act.cu",
     ),
     Bug(

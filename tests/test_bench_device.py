@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ import torch
 
 from fastres import images
 from fastres.bench import contenders, graphs, machine, process, report, task
+from fastres.kernels import table
+from fastres.testing import relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 gpu, gpu_timing = (importlib.import_module(name) for name in ("gpu", "gpu_timing"))
@@ -134,6 +137,27 @@ def test_a_captured_training_step_starts_where_eager_does(tmp_path: Path) -> Non
     for (name, a), b in zip(plain.model.state_dict().items(), captured.model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
     assert captured.saved() == plain.saved()
+
+
+def test_contenders_of_a_gpu_compute_the_same(tmp_path: Path) -> None:
+    photos = images.synthetic(16, 64)  # fewer values a channel would let rounding grow
+    task.write_files(task.prepared_model("resnet18", photos), photos, tmp_path)
+    about = task.Task("resnet18", "infer", 2, "float32", "cpu", 64, 1, str(tmp_path))
+    logits = []
+    for kind in (contenders.ChannelsLast, graphs.FastresGraphed, graphs.FastresCuda):
+        contender = kind(about)
+        contender.setup()
+        contender.step()
+        logits.append(contender.logits)
+    for ours in logits[1:]:
+        assert relative_error(ours, logits[0]) < 1e-4
+    assert table.setting() is None
+
+
+def test_tensorrt_is_named_where_it_is_not_installed() -> None:
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        assert graphs.TensorRt.why_not("infer", "bfloat16", "cuda") == "torch_tensorrt is not installed"
+    assert graphs.TensorRt.why_not("train", "bfloat16", "cuda") is not None
 
 
 def test_fp16_training_scales_its_loss(tmp_path: Path) -> None:

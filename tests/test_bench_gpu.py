@@ -131,8 +131,8 @@ def test_totals_of_a_network() -> None:
     rows = [one("bn_act", {"a": 2, "b": 1}, {"seconds": 1.0}), one("bn_add_act", {"a": 3}, {"seconds": 0.5})]
     rows.append(one("add_act", {"a": 9}, {"seconds": 9.0}))
     assert gpu_ops.totals({"rows": rows}) == [
-        {"network": "a", "mode": "forward", "eager": 10.0, "compile": None, "fastres": 3.5},
-        {"network": "b", "mode": "forward", "eager": 2.0, "compile": None, "fastres": 1.0},
+        {"network": "a", "mode": "forward", "eager": 10.0, "compile": None, "fastres": 3.5, "cuda": None},
+        {"network": "b", "mode": "forward", "eager": 2.0, "compile": None, "fastres": 1.0, "cuda": None},
     ]
 
 
@@ -143,7 +143,7 @@ def test_points_cover_what_is_claimed() -> None:
     points = gpu_networks.speed_points()
     names = [point.name for point in points]
     assert len(names) == len(set(names)) and names[0] == "resnet50-training-bf16-256"
-    assert {point.batch for point in points if point.model == "resnet50"} == {32, 64, 128, 256, 400, 512}
+    assert {point.batch for point in points if point.model == "resnet50"} == {1, 32, 64, 128, 256, 400, 512}
     for model in ("resnet18", "resnet50", "resnet152"):
         own = [point for point in points if point.model == model]
         assert {point.dtype for point in own} == {"bfloat16", "float16", "tf32"}

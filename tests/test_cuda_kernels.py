@@ -3,9 +3,18 @@
 import _cuda
 import pytest
 import torch
-from _kernels import check_add_act, check_bn_act, check_bn_act_maxpool, check_large_mean, check_nan_and_inf, per_channel
+from _kernels import (
+    check_add_act,
+    check_bn_act,
+    check_bn_act_maxpool,
+    check_bn_add_bn_act,
+    check_large_mean,
+    check_nan_and_inf,
+    check_nan_and_inf_of_two_branches,
+    per_channel,
+)
 
-from fastres import reference
+from fastres import reference, reference_join
 from fastres.kernels import cuda
 from fastres.testing import DTYPES, LAYOUTS, SHAPES, Case, cases
 
@@ -31,6 +40,53 @@ def test_bn_act(case, with_residual, training, relu):
     check_bn_act(case, with_residual, training, relu)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bn_add_bn_act(case):
+    check_bn_add_bn_act(case, (True, True), True)
+
+
+@pytest.mark.parametrize(
+    ("training", "relu"), [((True, False), True), ((False, True), True), ((False, False), True), ((True, True), False)]
+)
+@pytest.mark.parametrize("case", cases(((2, 24, 5, 3),)), ids=str)
+def test_bn_add_bn_act_otherwise(case, training, relu):
+    """Running statistics in either branch; no ReLU, and so no mask."""
+    check_bn_add_bn_act(case, training, relu)
+
+
+@pytest.mark.parametrize(("layout", "other"), [("contiguous", "channels_last"), ("channels_last", "contiguous")])
+def test_branches_in_two_layouts(layout, other):
+    check_bn_add_bn_act(Case((2, 16, 5, 3), torch.float32, layout), (True, True), True, other_layout=other)
+
+
+def branches(case, training):
+    """Arguments of bn_add_bn_act."""
+    found = []
+    for values in (case.tensor(mean=0.5), case.tensor()):
+        weight, bias, mean, var = per_channel(case.shape[1])
+        found += [values, weight, bias, mean, var]
+    return (*found, training, training, 1e-5, 1e-3, True, True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_join_gives_what_is_needed(layout, training):
+    """The mask's bits are where the reference has them; what is not needed is empty, and changes nothing else."""
+    x, weight, _, _, _, other, other_weight, *_ = args = branches(Case((2, 17, 7, 5), torch.float32, layout), training)
+    first, second = (torch.ops.fastres.bn_add_bn_act(*args) for _ in range(2))
+    assert torch.equal(first[5], reference_join.bn_add_bn_act(*args)[5])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    _, mean, var, other_mean, other_var, mask = first
+    saved = (x, x, weight, mean, var, other, other_weight, other_mean, other_var, mask, training, training, 1e-5, 1e-3)
+    every = torch.ops.fastres.bn_add_bn_act_backward(*saved, True, True, True, True)
+    for a, b in zip(every, reference_join.bn_add_bn_act_backward(*saved, True, True, True, True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for i, names in enumerate(((0,), (1, 2), (3,), (4, 5))):
+        some = torch.ops.fastres.bn_add_bn_act_backward(*saved, *(j == i for j in range(4)))
+        for j in range(6):
+            assert torch.equal(some[j], every[j]) if j in names else some[j].numel() == 0
+
+
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "identity"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_add_act(case, relu):
@@ -53,6 +109,7 @@ def test_statistics_of_a_large_mean(layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_inf_as_in_eager(dtype, layout):
     check_nan_and_inf(dtype, layout)
+    check_nan_and_inf_of_two_branches(dtype, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -154,6 +211,38 @@ def test_conv_bn_act(layout):
     got = torch.ops.fastres.conv_bn_act_backward(*backward, *needed)
     for a, b in zip(got, reference.conv_bn_act_backward(*backward, *needed), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "identity"])
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+def test_conv_bias_act(residual, relu):
+    """ATen's convolution, and the kernel that adds."""
+    case = Case((2, 16, 6, 6), torch.float32, "channels_last")
+    other = case.tensor(shape=(2, 24, 6, 6)) if residual else None
+    args = (case.tensor(), torch.randn(24, 16, 3, 3) * 0.1, torch.randn(24), other, [1, 1], [1, 1], [1, 1], 1, relu)
+    torch.testing.assert_close(
+        torch.ops.fastres.conv_bias_act(*args), reference.conv_bias_act(*args), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_running_statistics_of_many_layers():
+    """More than one launch takes; of several sizes and dtypes; an empty batch changes nothing."""
+    layers = []
+    for i in range(50):
+        dtype = (torch.float32, torch.bfloat16, torch.float64)[i % 3]
+        c = 300 if i == 7 else 3 + i
+        vectors = (torch.randn(c).to(dtype), torch.rand(c).to(dtype), torch.randn(c).double(), torch.rand(c).double())
+        layers.append((*vectors, 0.1 * (i % 5), 0 if i == 3 else 2 + i))
+    want = [[t.clone() for t in layer[:2]] for layer in layers]
+    reference.update_all_running_stats_(
+        [w[0] for w in want], [w[1] for w in want], *map(list, zip(*(layer[2:] for layer in layers), strict=True))
+    )
+    torch.ops.fastres.update_all_running_stats_(*map(list, zip(*layers, strict=True)))
+    for layer, (mean, var) in zip(layers, want, strict=True):
+        torch.testing.assert_close(layer[0], mean)
+        torch.testing.assert_close(layer[1], var)
+    with pytest.raises(RuntimeError, match="the lists must have one length"):
+        torch.ops.fastres_cuda.update_all_running_stats_([layers[0][0]], [], [], [], [], [])
 
 
 def test_wrong_arguments_raise():

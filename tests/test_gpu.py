@@ -290,6 +290,47 @@ def test_graphed_inference(block):
         assert torch.equal(run(data[0]), model(data[0]))
 
 
+@pytest.fixture
+def little_memory():
+    """little_memory(bytes): from then on the process may allocate so many more."""
+
+    def limit(more):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more) / total)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("op", ["bn_act", "bn_add_bn_act", "bn_act_maxpool", "conv_bn_act"])
+def test_out_of_memory_leaves_statistics_untouched(kernels, little_memory, op):
+    """There is room for the statistics of the batch, but not for the result."""
+    x = torch.randn(64, 64, 112, 112, device=DEVICE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    mean, var, count = torch.zeros(64, device=DEVICE), torch.ones(64, device=DEVICE), torch.tensor(3, device=DEVICE)
+    norm = functional.BatchNorm(mean, var, training=True, num_batches_tracked=count)
+    weight = torch.randn(64, 64, 1, 1, device=DEVICE, dtype=torch.bfloat16)
+    options = {"training": True, "num_batches_tracked": count}
+    calls = {
+        "bn_act": lambda x: functional.bn_act(x, mean, var, **options),
+        "bn_add_bn_act": lambda x: functional.bn_add_bn_act(x, norm, x, norm),
+        "bn_act_maxpool": lambda x: functional.bn_act_maxpool(x, mean, var, **options),
+        "conv_bn_act": lambda x: functional.conv_bn_act(x, weight, mean, var, **options),
+    }
+    calls[op](x[:1])  # compiled, algorithms chosen
+    before = mean.clone(), var.clone()
+    assert not torch.equal(mean, torch.zeros_like(mean))
+    little_memory(8 << 20)  # x has 98 MB
+    with pytest.raises(RuntimeError, match="memory"):
+        calls[op](x)
+    assert torch.equal(mean, before[0]) and torch.equal(var, before[1]) and count == 3
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    calls[op](x)
+    assert not torch.equal(mean, before[0])
+
+
 def test_ten_runs_give_the_same_bits(kernels):
     x = torch.randn(64, 64, 56, 56, device=DEVICE).contiguous(memory_format=torch.channels_last)
     want = bn_act_of(x)
@@ -364,7 +405,7 @@ def test_bn_act_of_more_than_2_to_31_values(kernels, large, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bn_add_bn_act_of_more_than_2_to_31_values(large, layout):
+def test_bn_add_bn_act_of_more_than_2_to_31_values(kernels, large, layout):
     x, other = large(layout), large(layout)
     weight, bias = (torch.rand(LARGE[1], device=DEVICE) + 0.5 for _ in range(2))
     mean, var = x[:LAST].double().mean((0, 2, 3)), torch.full((LARGE[1],), 2.0, device=DEVICE)

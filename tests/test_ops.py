@@ -131,6 +131,7 @@ def test_opcheck_of_backward_and_update():
     opcheck(ops.add_act_backward, (x, y))
     opcheck(ops.update_running_stats_, (mean.clone(), var.clone(), m, v, None, 0.1, 60))
     opcheck(ops.update_running_stats_, (mean.clone(), var.clone(), m, v, torch.tensor(3), 0.0, 60))
+    opcheck(ops.update_all_running_stats_, ([mean.clone()], [var.clone()], [m], [v], [0.1], [60]))
 
 
 def differentiable_calls():
@@ -311,7 +312,7 @@ def test_gradients_only_where_needed():
 
 
 def test_running_statistics_are_functions_of_the_schema():
-    """Forward ops write nothing; the one op that does says so."""
+    """Forward ops write nothing; those that do say so."""
     for name in (
         "bn_act",
         "bn_add_bn_act",
@@ -323,6 +324,7 @@ def test_running_statistics_are_functions_of_the_schema():
     ):
         assert not getattr(ops, name).default._schema.is_mutable
     assert ops.update_running_stats_.default._schema.is_mutable
+    assert ops.update_all_running_stats_.default._schema.is_mutable
 
 
 def test_cumulative_average_and_momentum_of_statistics():

@@ -1,14 +1,19 @@
 """The CUDA half of an installation: compiled where there is nvcc, or the reason kept; why its kernels do not serve."""
 
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from _cuda import cuda_tools
 from test_setup import build_info, clean_environment, needs_compiler, setup, tree  # noqa: F401
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastres.kernels import cuda, extension
+import fastres
+from fastres import doctor
+from fastres.kernels import cuda, extension, table
 
 needs_nvcc = pytest.mark.skipif(cuda_tools.toolkit() is None, reason="there is no CUDA toolkit")
 
@@ -89,6 +94,24 @@ def test_binary_that_does_not_load(cuda_tree):
     assert load_error(cuda_tree).startswith("fastres._cuda does not load: ImportError")
 
 
+@needs_compiler
+def test_binary_for_another_torch(cuda_tree):
+    """It needs a function that this one has not: one line says so, and everything else works."""
+    source = cuda_tree / "other.cpp"
+    source.write_text(
+        'extern "C" int aoti_torch_of_tomorrow(); extern "C" int PyInit__cuda() { return aoti_torch_of_tomorrow(); }'
+    )
+    binary = cuda_tree / "fastres" / "_cuda.abi3.so"
+    subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(binary)], check=True)
+    about = {"cuda": {"compiled": True, "error": None, "torch": "9.9.0"}}
+    (cuda_tree / "fastres" / "_build_info.json").write_text(json.dumps(about))
+    said = load_error(cuda_tree)
+    assert said.startswith(
+        f"fastres._cuda does not load (built for torch 9.9.0, this is {torch.__version__}): ImportError"
+    )
+    assert "undefined symbol: aoti_torch_of_tomorrow" in said and len(said.splitlines()) == 1
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
 def test_not_loaded_without_cuda_in_pytorch():
     assert extension.cuda_load_error() == "this PyTorch is built without CUDA" == cuda.unavailable()
@@ -119,3 +142,28 @@ def test_reasons_of_devices(monkeypatch):
     assert cuda.why_not(On(0)) is None and "sm_75" in cuda.why_not(On(1))
     errors[0] = "cuda:0 (sm_75): CUDA driver version is insufficient for CUDA runtime version"
     assert cuda.unavailable() == f"{errors[0]}; {errors[1]}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "CUDA driver version is insufficient for CUDA runtime version",
+        "no kernel image is available for execution on the device",
+    ],
+)
+def test_doctor_says_why_and_the_next_kernel_serves(monkeypatch, error):
+    """A driver older than the binary, an architecture without a kernel."""
+    properties = SimpleNamespace(name="Tesla T4", major=7, minor=5, total_memory=2**34)
+    monkeypatch.setattr(extension, "cuda_error", None)
+    monkeypatch.setattr(torch.ops, "fastres_cuda", SimpleNamespace(error=lambda index: error), raising=False)
+    monkeypatch.setattr(cuda, "device_error", cuda.device_error.__wrapped__)
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_capability", (7, 5))):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    reason = f"cuda:0 (sm_75): {error}"
+    (line,) = (line for line in doctor.text(doctor.examine()).splitlines() if line.split()[:2] == ["bn_act", "cuda"])
+    assert f"cuda not: {reason}" in line and "reference" in line
+    with FakeTensorMode(), fastres.use_kernels("cuda", "reference"):
+        assert table.select("bn_act", (torch.empty(2, 8, 4, 4, device="cuda"),)).name == "reference"
+    with FakeTensorMode(), fastres.use_kernels("cuda"), pytest.raises(RuntimeError, match=r"cuda: cuda:0 \(sm_75\)"):
+        table.select("bn_act", (torch.empty(2, 8, 4, 4, device="cuda"),))

@@ -19,13 +19,13 @@ template <class T, bool kChannelsLast, int kWidth>
 __global__ void __launch_bounds__(kThreads, kResident)
     backward_reduce_kernel(View view, Norm norm, Gradient gradient, Reduced reduced, Workspace work) {
   FASTRES_SHARED(NormShared, norm_shared);
-  FASTRES_SHARED(SumsShared, shared);
+  FASTRES_SHARED(SumsShared<2>, shared);
   using W = Walk<kChannelsLast, kWidth>;
   const W walk(view);
   const Normalise<W> normalise(walk, norm, norm_shared);
   const T *grad = static_cast<const T*>(gradient.grad_y), *x = static_cast<const T*>(gradient.x);
   T* masked = static_cast<T*>(reduced.masked);
-  float sums[W::kOwn] = {}, products[W::kOwn] = {};
+  float sums[2][W::kOwn] = {};  // of g and of g * (x - near)
   for (int64_t tile = blockIdx.y; tile < view.tiles; tile += kUnroll * static_cast<int64_t>(gridDim.y)) {
     Pack<T, kWidth> grads[kUnroll], values[kUnroll];
     Place places[kUnroll];
@@ -46,14 +46,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
       for (int i = 0; i < kWidth; ++i) {
         const int k = W::own(i);
         g[i] = behind_relu(gradient.relu, normalise, grads[u][i], values[u][i], bits[u], i);
-        sums[k] += g[i];
-        products[k] = fmaf(g[i], values[u][i] - normalise.near[k], products[k]);
+        sums[0][k] += g[i];
+        sums[1][k] = fmaf(g[i], values[u][i] - normalise.near[k], sums[1][k]);
       }
       if (masked) store(masked + places[u].offset, g);
     }
   }
-  reduce(walk, sums, products, work, shared, [&](int64_t channel, double total, double product) {
-    finish_gradient(norm, reduced, gradient.training, view.channels, view.count(), channel, total, product);
+  reduce(walk, sums, work, shared, [&](int64_t channel, const double (&totals)[2]) {
+    finish_gradient(norm, reduced, gradient.training, view.channels, view.count(), channel, totals[0], totals[1]);
   });
 }
 

@@ -47,7 +47,8 @@ struct Queue {
 struct Workspace {
   float* partial;
   unsigned* tickets;
-  static int64_t floats(const Shape& shape, const Queue& queue);
+  static int64_t floats(const Shape& shape, const Queue& queue,
+                        int sums);  // sums of a channel: 2, join_backward_reduce 3
   static int64_t counters(const Shape& shape);
 };
 
@@ -92,6 +93,30 @@ cudaError_t backward_reduce(const Shape& shape, const Norm& norm, const Gradient
 cudaError_t backward_apply(const Shape& shape, const Norm& norm, const Gradient& gradient, const float* factors,
                            void* grad_x, const Queue& queue);
 
+// The end of a block with a projection: y = act(batch_norm(x) + batch_norm(x of the other branch)). mask as in Apply.
+struct Branch {
+  const void* x;
+  Norm norm;
+  double *used_mean, *used_var;  // as in Apply
+};
+cudaError_t join(const Shape& shape, const Branch& branch, const Branch& other, void* y, uint8_t* mask, bool relu,
+                 const Queue& queue);
+
+// Its backward: g is grad_y where the mask has a bit, or grad_y if there is no mask.
+struct BranchGradient {
+  const void* x;
+  Norm norm;  // without a bias
+  bool training;
+  Reduced reduced;  // masked is null; without `factors` the reduction leaves this branch alone
+  void* grad_x;     // may be null
+};
+cudaError_t join_backward_reduce(const Shape& shape, const void* grad_y, const uint8_t* mask,
+                                 const BranchGradient& branch, const BranchGradient& other, const Workspace& work,
+                                 const Queue& queue);
+// As backward_apply, with the `factors` of either branch.
+cudaError_t join_backward_apply(const Shape& shape, const void* grad_y, const uint8_t* mask,
+                                const BranchGradient& branch, const BranchGradient& other, const Queue& queue);
+
 // y = act(x + residual); grad_x = grad_y where not (y <= 0). size: of a dense activation in any layout.
 cudaError_t add_act(Dtype dtype, int64_t size, const void* x, const void* residual, void* y, bool relu,
                     const Queue& queue);
@@ -126,8 +151,14 @@ struct Running {
   Dtype dtype;
   int64_t mean_stride, var_stride;
 };
-cudaError_t update_running_stats(int64_t channels, const Running& running, const double* mean, const double* var,
-                                 const int64_t* num_batches_tracked, double momentum, int64_t count,
-                                 const Queue& queue);
+struct Update {
+  Running running;
+  const double *mean, *var;
+  const int64_t* num_batches_tracked;
+  double momentum;
+  int64_t channels, count;
+};
+// Of many layers, none of them twice: one launch for every 40.
+cudaError_t update_running_stats(const Update* updates, int64_t layers, const Queue& queue);
 
 }  // namespace fastres::cuda

@@ -146,12 +146,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
     maxpool_backward_reduce_kernel(View view, Window window, Norm norm, Gradient gradient, const uint8_t* index,
                                    Reduced reduced, Workspace work) {
   FASTRES_SHARED(NormShared, norm_shared);
-  FASTRES_SHARED(SumsShared, shared);
+  FASTRES_SHARED(SumsShared<2>, shared);
   using W = Walk<kChannelsLast, kWidth>;
   const W walk(view);
   const Normalise<W> normalise(walk, norm, norm_shared);
   const T *grad = static_cast<const T*>(gradient.grad_y), *x = static_cast<const T*>(gradient.x);
-  float sums[W::kOwn] = {}, products[W::kOwn] = {};
+  float sums[2][W::kOwn] = {};  // of g and of g * (x - near)
   for (int64_t tile = blockIdx.y; tile < view.tiles; tile += gridDim.y) {
     const Place place = walk.at(tile);
     if (!place.exists) continue;
@@ -162,12 +162,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
     for (int i = 0; i < kWidth; ++i) {
       const int k = W::own(i);
       if (gradient.relu == Relu::kRecomputed && normalise(values[i], i) <= 0.0f) g[i] = 0.0f;
-      sums[k] += g[i];
-      products[k] = fmaf(g[i], values[i] - normalise.near[k], products[k]);
+      sums[0][k] += g[i];
+      sums[1][k] = fmaf(g[i], values[i] - normalise.near[k], sums[1][k]);
     }
   }
-  reduce(walk, sums, products, work, shared, [&](int64_t channel, double total, double product) {
-    finish_gradient(norm, reduced, gradient.training, view.channels, view.count(), channel, total, product);
+  reduce(walk, sums, work, shared, [&](int64_t channel, const double (&totals)[2]) {
+    finish_gradient(norm, reduced, gradient.training, view.channels, view.count(), channel, totals[0], totals[1]);
   });
 }
 

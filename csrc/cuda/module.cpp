@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "checks.h"
 #include "kernels.h"
@@ -38,6 +39,8 @@ Tensor tickets(const Tensor& like, int64_t count, const Queue&) {
 }
 
 std::string error(int64_t) { return ""; }
+
+int64_t launches() { return cuda_on_cpu::launches; }
 #else
 int multiprocessors(int device) {
   static std::mutex mutex;
@@ -120,11 +123,23 @@ T* data(const Tensor& t) {
 struct Buffers {
   Tensor partial, counters;
   Workspace work;
-  Buffers(const Tensor& like, const Shape& shape, const Queue& queue)
-      : partial(empty_of(like, Workspace::floats(shape, queue), ScalarType::Float)),
+  Buffers(const Tensor& like, const Shape& shape, const Queue& queue, int sums = 2)
+      : partial(empty_of(like, Workspace::floats(shape, queue, sums), ScalarType::Float)),
         counters(tickets(like, Workspace::counters(shape), queue)),
         work{data<float>(partial), data<unsigned>(counters)} {}
 };
+
+int64_t mask_bytes(const Shape& shape) {
+  const int64_t rows = shape.images * (shape.channels_last ? shape.pixels : shape.channels);
+  return rows * (((shape.channels_last ? shape.channels : shape.pixels) + 7) / 8);
+}
+
+const uint8_t* mask_of(const OptionalTensor& mask, const Shape& shape) {
+  if (!mask.has_value()) return nullptr;
+  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Byte && mask->numel() == mask_bytes(shape),
+                  "mask does not belong to x");
+  return static_cast<const uint8_t*>(mask->const_data_ptr());
+}
 
 struct Statistics {
   Tensor mean, var;
@@ -157,9 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act(const Tensor& x, const Optiona
   Norm norm{{}, {}, vector_of(weight, shape.channels, "weight"), vector_of(bias, shape.channels, "bias"), eps};
   const Statistics used = statistics_of(x, shape, running_mean, running_var, training, &norm, device.queue);
   if (residual.has_value()) check_like(*residual, x, channels_last, "residual");
-  const int64_t rows = channels_last ? shape.images * shape.pixels : shape.images * shape.channels;
-  const int64_t bytes = ((channels_last ? shape.channels : shape.pixels) + 7) / 8;
-  Tensor y = torch::stable::empty_like(x), mask = empty_of(x, save_mask ? rows * bytes : 0, ScalarType::Byte);
+  Tensor y = torch::stable::empty_like(x), mask = empty_of(x, save_mask ? mask_bytes(shape) : 0, ScalarType::Byte);
   Apply args{x.const_data_ptr(),
              residual.has_value() ? residual->const_data_ptr() : nullptr,
              y.mutable_data_ptr(),
@@ -172,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act(const Tensor& x, const Optiona
   return {y, used.mean, used.var, mask};
 }
 
-// What both backward ops return beside grad_x, and memory for the factors of grad_x.
+// What backward ops return beside grad_x, and memory for the factors of grad_x.
 struct Gradients {
   Tensor weight, bias, factors;
   Gradients(const Tensor& x, int64_t channels, bool need_affine)
@@ -195,11 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y,
   Gradient gradient{grad_y.const_data_ptr(), x.const_data_ptr(), nullptr, relu ? Relu::kRecomputed : Relu::kNone,
                     training};
   if (mask.has_value()) {
-    const int64_t rows = channels_last ? shape.images * shape.pixels : shape.images * shape.channels;
-    const int64_t bytes = ((channels_last ? shape.channels : shape.pixels) + 7) / 8;
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Byte && mask->numel() == rows * bytes,
-                    "mask does not belong to x");
-    gradient.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
+    gradient.mask = mask_of(mask, shape);
     gradient.relu = Relu::kMasked;
   }
   const bool store = need_residual && mask.has_value();  // else it is grad_y itself
@@ -219,6 +228,80 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y,
     check(backward_apply(shape, norm, gradient, factors, grad_x.mutable_data_ptr(), device.queue));
   }
   return {grad_x, grads.weight, grads.bias, masked};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act(
+    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const Tensor& other, const OptionalTensor& other_weight,
+    const OptionalTensor& other_bias, const OptionalTensor& other_running_mean, const OptionalTensor& other_running_var,
+    bool training, bool other_training, double eps, double other_eps, bool relu, bool save_mask, bool channels_last) {
+  const Shape shape = shape_of(x, channels_last);
+  const int64_t channels = shape.channels;
+  check_like(other, x, channels_last, "other");
+  const Device device(x);
+  Norm norm{{}, {}, vector_of(weight, channels, "weight"), vector_of(bias, channels, "bias"), eps};
+  Norm other_norm{{},
+                  {},
+                  vector_of(other_weight, channels, "other_weight"),
+                  vector_of(other_bias, channels, "other_bias"),
+                  other_eps};
+  const Statistics used = statistics_of(x, shape, running_mean, running_var, training, &norm, device.queue);
+  const Statistics other_used =
+      statistics_of(other, shape, other_running_mean, other_running_var, other_training, &other_norm, device.queue);
+  Tensor y = torch::stable::empty_like(x), mask = empty_of(x, save_mask ? mask_bytes(shape) : 0, ScalarType::Byte);
+  const auto branch = [](const Tensor& of, const Norm& with, const Statistics& copies, bool own) {
+    return Branch{of.const_data_ptr(), with, own ? nullptr : data<double>(copies.mean),
+                  own ? nullptr : data<double>(copies.var)};
+  };
+  check(join(shape, branch(x, norm, used, training), branch(other, other_norm, other_used, other_training),
+             y.mutable_data_ptr(), data<uint8_t>(mask), relu, device.queue));
+  return {y, used.mean, used.var, other_used.mean, other_used.var, mask};
+}
+
+// One branch in the backward of bn_add_bn_act: its results, and what the kernels take.
+struct BranchOf {
+  Gradients grads;
+  Tensor grad_x;
+  BranchGradient kernel;
+  BranchOf(const Tensor& x, const Shape& shape, const OptionalTensor& weight, const Tensor& mean, const Tensor& var,
+           bool training, double eps, bool need_x, bool need_affine)
+      : grads(x, shape.channels, need_affine),
+        grad_x(need_x ? torch::stable::empty_like(x) : empty_of(x, 0, x.scalar_type())),
+        kernel{x.const_data_ptr(),
+               {vector_of(mean, shape.channels, "mean"),
+                vector_of(var, shape.channels, "var"),
+                vector_of(weight, shape.channels, "weight"),
+                {nullptr, Dtype::kFloat},
+                eps},
+               training,
+               {data<float>(grads.weight), data<float>(grads.bias), data<float>(grads.factors), nullptr},
+               data<void>(grad_x)} {
+    if (!need_affine && !(need_x && training)) kernel.reduced.factors = nullptr;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_backward(
+    const Tensor& grad_y, const Tensor& x, const OptionalTensor& weight, const Tensor& mean, const Tensor& var,
+    const Tensor& other, const OptionalTensor& other_weight, const Tensor& other_mean, const Tensor& other_var,
+    const OptionalTensor& mask, bool training, bool other_training, double eps, double other_eps, bool need_x,
+    bool need_affine, bool need_other, bool need_other_affine, bool channels_last) {
+  const Shape shape = shape_of(x, channels_last);
+  check_like(grad_y, x, channels_last, "grad_y");
+  check_like(other, x, channels_last, "other");
+  const uint8_t* kept = mask_of(mask, shape);
+  const Device device(x);
+  BranchOf one(x, shape, weight, mean, var, training, eps, need_x, need_affine);
+  BranchOf two(other, shape, other_weight, other_mean, other_var, other_training, other_eps, need_other,
+               need_other_affine);
+  if (one.kernel.reduced.factors || two.kernel.reduced.factors) {
+    const Buffers buffers(x, shape, device.queue, 3);
+    check(
+        join_backward_reduce(shape, grad_y.const_data_ptr(), kept, one.kernel, two.kernel, buffers.work, device.queue));
+  }
+  if (need_x || need_other) {
+    check(join_backward_apply(shape, grad_y.const_data_ptr(), kept, one.kernel, two.kernel, device.queue));
+  }
+  return {one.grad_x, one.grads.weight, one.grads.bias, two.grad_x, two.grads.weight, two.grads.bias};
 }
 
 Tensor add_act_op(const Tensor& x, const Tensor& residual, bool relu, bool channels_last) {
@@ -325,8 +408,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_backward(const Tensor& grad_y,
   return {grad_x, grads.weight, grads.bias};
 }
 
-void update_running_stats_op(Tensor& running_mean, Tensor& running_var, const Tensor& mean, const Tensor& var,
-                             const OptionalTensor& num_batches_tracked, double momentum, int64_t count) {
+Update update_of(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
+                 const OptionalTensor& num_batches_tracked, double momentum, int64_t count) {
   const int64_t channels = mean.numel();
   STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Double && var.scalar_type() == ScalarType::Double &&
                       mean.is_contiguous() && var.is_contiguous() && var.numel() == channels,
@@ -337,13 +420,43 @@ void update_running_stats_op(Tensor& running_mean, Tensor& running_var, const Te
   STD_TORCH_CHECK(!num_batches_tracked.has_value() ||
                       (num_batches_tracked->scalar_type() == ScalarType::Long && num_batches_tracked->numel() == 1),
                   "num_batches_tracked must be one int64");
-  const Device device(mean);
   const Running running{running_mean.mutable_data_ptr(), running_var.mutable_data_ptr(),
                         dtype_of(running_mean, "running_mean"), running_mean.stride(0), running_var.stride(0)};
   const void* tracked = num_batches_tracked.has_value() ? num_batches_tracked->const_data_ptr() : nullptr;
-  check(update_running_stats(channels, running, static_cast<const double*>(mean.const_data_ptr()),
-                             static_cast<const double*>(var.const_data_ptr()), static_cast<const int64_t*>(tracked),
-                             momentum, count, device.queue));
+  return {running,
+          static_cast<const double*>(mean.const_data_ptr()),
+          static_cast<const double*>(var.const_data_ptr()),
+          static_cast<const int64_t*>(tracked),
+          momentum,
+          channels,
+          count};
+}
+
+void update_running_stats_op(Tensor& running_mean, Tensor& running_var, const Tensor& mean, const Tensor& var,
+                             const OptionalTensor& num_batches_tracked, double momentum, int64_t count) {
+  const Update update = update_of(running_mean, running_var, mean, var, num_batches_tracked, momentum, count);
+  const Device device(mean);
+  check(update_running_stats(&update, 1, device.queue));
+}
+
+void update_all_running_stats(std::vector<Tensor> running_means, std::vector<Tensor> running_vars,
+                              std::vector<Tensor> means, std::vector<Tensor> vars, std::vector<double> momenta,
+                              std::vector<int64_t> counts) {
+  const size_t layers = means.size();
+  STD_TORCH_CHECK(running_means.size() == layers && running_vars.size() == layers && vars.size() == layers &&
+                      momenta.size() == layers && counts.size() == layers,
+                  "the lists must have one length");
+  if (layers == 0) return;
+  std::vector<Update> updates;
+  for (size_t i = 0; i < layers; ++i) {
+    for (const Tensor* t : {&running_means[i], &running_vars[i], &means[i], &vars[i]}) {
+      STD_TORCH_CHECK(t->get_device_index() == means[0].get_device_index(), "all tensors must be on one device");
+    }
+    updates.push_back(
+        update_of(running_means[i], running_vars[i], means[i], vars[i], std::nullopt, momenta[i], counts[i]));
+  }
+  const Device device(means[0]);
+  check(update_running_stats(updates.data(), static_cast<int64_t>(layers), device.queue));
 }
 
 }  // namespace
@@ -358,6 +471,16 @@ STABLE_TORCH_LIBRARY(fastres_cuda, m) {
       "bn_act_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? mask, "
       "bool training, float eps, bool relu, bool need_x, bool need_affine, bool need_residual, bool channels_last) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_add_bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor other, "
+      "Tensor? other_weight, Tensor? other_bias, Tensor? other_running_mean, Tensor? other_running_var, bool training, "
+      "bool other_training, float eps, float other_eps, bool relu, bool save_mask, bool channels_last) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_add_bn_act_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor other, "
+      "Tensor? other_weight, Tensor other_mean, Tensor other_var, Tensor? mask, bool training, bool other_training, "
+      "float eps, float other_eps, bool need_x, bool need_affine, bool need_other, bool need_other_affine, "
+      "bool channels_last) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("add_act(Tensor x, Tensor residual, bool relu, bool channels_last) -> Tensor");
   m.def("add_act_backward(Tensor grad_y, Tensor y, bool channels_last) -> Tensor");
   m.def(
@@ -370,10 +493,19 @@ STABLE_TORCH_LIBRARY(fastres_cuda, m) {
   m.def(
       "update_running_stats_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
       "Tensor? num_batches_tracked, float momentum, int count) -> ()");
+  m.def(
+      "update_all_running_stats_(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, Tensor[] means, Tensor[] vars, "
+      "float[] momenta, int[] counts) -> ()");
+#ifdef FASTRES_CUDA_ON_CPU
+  m.def("launches() -> int");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_cuda, CompositeExplicitAutograd, m) {
   m.impl("error", TORCH_BOX(&fastres::cuda::error));
+#ifdef FASTRES_CUDA_ON_CPU
+  m.impl("launches", TORCH_BOX(&fastres::cuda::launches));
+#endif
 }
 
 #ifdef FASTRES_CUDA_ON_CPU
@@ -383,11 +515,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastres_cuda, CUDA, m) {
 #endif
   m.impl("bn_act", TORCH_BOX(&fastres::cuda::bn_act));
   m.impl("bn_act_backward", TORCH_BOX(&fastres::cuda::bn_act_backward));
+  m.impl("bn_add_bn_act", TORCH_BOX(&fastres::cuda::bn_add_bn_act));
+  m.impl("bn_add_bn_act_backward", TORCH_BOX(&fastres::cuda::bn_add_bn_act_backward));
   m.impl("add_act", TORCH_BOX(&fastres::cuda::add_act_op));
   m.impl("add_act_backward", TORCH_BOX(&fastres::cuda::add_act_backward_op));
   m.impl("bn_act_maxpool", TORCH_BOX(&fastres::cuda::bn_act_maxpool));
   m.impl("bn_act_maxpool_backward", TORCH_BOX(&fastres::cuda::bn_act_maxpool_backward));
   m.impl("update_running_stats_", TORCH_BOX(&fastres::cuda::update_running_stats_op));
+  m.impl("update_all_running_stats_", TORCH_BOX(&fastres::cuda::update_all_running_stats));
 }
 
 extern "C" PyObject* PyInit__cuda(void) {

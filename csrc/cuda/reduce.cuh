@@ -1,4 +1,4 @@
-// Two sums a channel over a whole activation, in one launch and in a fixed order.
+// Sums over all values of a channel, in one launch and in a fixed order.
 //
 // A block adds what its threads have, in shared memory; the last block of a group of channels, which a counter tells, adds
 // what all blocks left, in double.
@@ -10,10 +10,11 @@ namespace fastres::cuda {
 
 constexpr int kReduceBlocks = 4;  // of a multiprocessor
 
+template <int kSums>
 struct SumsShared {
-  float values[kThreads * 2 * kWide];  // [row][sum][channel]
-  float parts[2 * kMostChannels];      // [part][sum][channel], also below
-  double totals[2 * kMostChannels];
+  float values[kThreads * kSums * kWide];  // [row][sum][channel]
+  float parts[kSums * kMostChannels];      // [part][sum][channel], also below
+  double totals[kSums * kMostChannels];
   bool last;
 };
 
@@ -23,14 +24,16 @@ __device__ inline int parts_of(int sums) {
   return parts < 1 ? 1 : parts > kWarp ? kWarp : parts;
 }
 
-// finish(channel, sum of all a, sum of all b), by one thread for each channel.
-template <class W, class Finish>
-__device__ inline void reduce(const W& walk, const float (&a)[W::kOwn], const float (&b)[W::kOwn],
-                              const Workspace& work, SumsShared& shared, const Finish& finish) {
-  const int thread = threadIdx.x, channels = walk.channels(), sums = 2 * channels, rows = kThreads / walk.view.lanes;
-  for (int i = 0; i < W::kOwn; ++i) {
-    shared.values[walk.row * sums + walk.lane * W::kOwn + i] = a[i];
-    shared.values[walk.row * sums + channels + walk.lane * W::kOwn + i] = b[i];
+// finish(channel, totals), by one thread for each channel: the sums of what all threads have in `mine`.
+template <class W, int kSums, class Finish>
+__device__ inline void reduce(const W& walk, const float (&mine)[kSums][W::kOwn], const Workspace& work,
+                              SumsShared<kSums>& shared, const Finish& finish) {
+  const int thread = threadIdx.x, channels = walk.channels(), sums = kSums * channels,
+            rows = kThreads / walk.view.lanes;
+  for (int s = 0; s < kSums; ++s) {
+    for (int i = 0; i < W::kOwn; ++i) {
+      shared.values[walk.row * sums + s * channels + walk.lane * W::kOwn + i] = mine[s][i];
+    }
   }
   __syncthreads();
   const int parts = parts_of(sums);
@@ -45,7 +48,8 @@ __device__ inline void reduce(const W& walk, const float (&a)[W::kOwn], const fl
     for (int part = 0; part < parts; ++part) sum += shared.parts[part * sums + i];
     const int c = i % channels;
     if (walk.has(c)) {
-      work.partial[(static_cast<int64_t>(blockIdx.y) * 2 + i / channels) * walk.view.channels + walk.first + c] = sum;
+      work.partial[(static_cast<int64_t>(blockIdx.y) * kSums + i / channels) * walk.view.channels + walk.first + c] =
+          sum;
     }
   }
   __syncthreads();
@@ -62,19 +66,18 @@ __device__ inline void reduce(const W& walk, const float (&a)[W::kOwn], const fl
     if (walk.has(c)) {
       const float* partial = work.partial + which * walk.view.channels + walk.first + c;
       for (int split = i / sums; split < static_cast<int>(gridDim.y); split += parts) {
-        sum += partial[static_cast<int64_t>(split) * 2 * walk.view.channels];
+        sum += partial[static_cast<int64_t>(split) * kSums * walk.view.channels];
       }
     }
     shared.totals[i] = sum;
   }
   __syncthreads();
   for (int c = thread; c < channels; c += kThreads) {
-    double first = 0.0, second = 0.0;
+    double totals[kSums] = {};
     for (int part = 0; part < parts; ++part) {
-      first += shared.totals[part * sums + c];
-      second += shared.totals[part * sums + channels + c];
+      for (int s = 0; s < kSums; ++s) totals[s] += shared.totals[part * sums + s * channels + c];
     }
-    if (walk.has(c)) finish(walk.first + c, first, second);
+    if (walk.has(c)) finish(walk.first + c, totals);
   }
 }
 

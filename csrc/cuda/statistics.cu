@@ -34,14 +34,14 @@ template <class T, bool kChannelsLast, int kWidth>
 __global__ void __launch_bounds__(kThreads, kResident)
     statistics_kernel(View view, const T* x, double* mean, double* var, Workspace work) {
   FASTRES_SHARED(Points, points);
-  FASTRES_SHARED(SumsShared, shared);
+  FASTRES_SHARED(SumsShared<2>, shared);
   using W = Walk<kChannelsLast, kWidth>;
   const W walk(view);
   const int thread = threadIdx.x;
   if (thread < walk.channels() && walk.has(thread))
     points.near[thread] = point<kChannelsLast>(view, x, walk.first + thread);
   __syncthreads();
-  float near[W::kOwn], sums[W::kOwn] = {}, squares[W::kOwn] = {};
+  float near[W::kOwn], sums[2][W::kOwn] = {};  // of the distance and of its square
   for (int k = 0; k < W::kOwn; ++k) {
     const int own = walk.lane * W::kOwn + k;
     near[k] = walk.has(own) ? points.near[own] : 0.0f;
@@ -61,40 +61,51 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         const float distance = packs[u][i] - near[W::own(i)];
-        sums[W::own(i)] += distance;
-        squares[W::own(i)] = fmaf(distance, distance, squares[W::own(i)]);
+        sums[0][W::own(i)] += distance;
+        sums[1][W::own(i)] = fmaf(distance, distance, sums[1][W::own(i)]);
       }
     }
   }
-  reduce(walk, sums, squares, work, shared, [&](int64_t channel, double sum, double square) {
-    const double count = static_cast<double>(view.count()), distance = sum / count;
-    const double biased = square / count - distance * distance;
+  reduce(walk, sums, work, shared, [&](int64_t channel, const double (&totals)[2]) {
+    const double count = static_cast<double>(view.count()), distance = totals[0] / count;
+    const double biased = totals[1] / count - distance * distance;
     mean[channel] = points.near[channel - walk.first] + distance;
     var[channel] = biased < 0.0 ? 0.0 : biased;
   });
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, kResident)
-    update_running_stats_kernel(int64_t channels, Running running, const double* mean, const double* var,
-                                const int64_t* num_batches_tracked, double momentum, int64_t count) {
-  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (channel >= channels) return;
-  const double factor = num_batches_tracked ? 1.0 / static_cast<double>(*num_batches_tracked) : momentum;
-  const double unbiased = var[channel] * (static_cast<double>(count) / static_cast<double>(count > 1 ? count - 1 : 1));
-  T* old_mean = static_cast<T*>(running.mean) + channel * running.mean_stride;
-  T* old_var = static_cast<T*>(running.var) + channel * running.var_stride;
-  const Vector before[2] = {{old_mean, running.dtype}, {old_var, running.dtype}};
-  const double new_mean = value_of(before[0], 0) * (1.0 - factor) + mean[channel] * factor;
-  const double new_var = value_of(before[1], 0) * (1.0 - factor) + unbiased * factor;
-  if constexpr (std::is_same_v<T, double>) {
-    *old_mean = new_mean;
-    *old_var = new_var;
-  } else {
-    const float values[2][1] = {{static_cast<float>(new_mean)}, {static_cast<float>(new_var)}};
-    store(old_mean, values[0]);
-    store(old_var, values[1]);
+constexpr int kLayers = 40;  // of a launch: kernels take 4 KB of arguments
+struct Updates {
+  Update layers[kLayers];
+};
+static_assert(sizeof(Updates) <= 4096);
+
+__device__ void set(void* data, Dtype dtype, int64_t i, double value) {
+  const float rounded[1] = {static_cast<float>(value)};
+  switch (dtype) {
+    case Dtype::kDouble: static_cast<double*>(data)[i] = value; break;
+    case Dtype::kBFloat16: store(static_cast<__nv_bfloat16*>(data) + i, rounded); break;
+    case Dtype::kHalf: store(static_cast<__half*>(data) + i, rounded); break;
+    default: static_cast<float*>(data)[i] = rounded[0];
   }
+}
+
+// blockIdx.y is the layer.
+__global__ void __launch_bounds__(kThreads, kResident)
+    update_running_stats_kernel(__grid_constant__ const Updates all) {
+  const Update& layer = all.layers[blockIdx.y];
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (channel >= layer.channels) return;
+  const double factor =
+      layer.num_batches_tracked ? 1.0 / static_cast<double>(*layer.num_batches_tracked) : layer.momentum;
+  const double count = static_cast<double>(layer.count);
+  const double unbiased = layer.var[channel] * (layer.count > 1 ? count / (count - 1.0) : 1.0);
+  const Running& running = layer.running;
+  const int64_t mean_at = channel * running.mean_stride, var_at = channel * running.var_stride;
+  const double old_mean = value_of({running.mean, running.dtype}, mean_at);
+  const double old_var = value_of({running.var, running.dtype}, var_at);
+  set(running.mean, running.dtype, mean_at, old_mean * (1.0 - factor) + layer.mean[channel] * factor);
+  set(running.var, running.dtype, var_at, old_var * (1.0 - factor) + unbiased * factor);
 }
 
 }  // namespace
@@ -118,27 +129,32 @@ cudaError_t available() {
 #endif
 }
 
-int64_t Workspace::floats(const Shape& shape, const Queue& queue) {
+int64_t Workspace::floats(const Shape& shape, const Queue& queue, int sums) {
   // At most one more split than blocks divided by groups of channels; see with_view.
   const int64_t groups = shape.channels_last ? divide_up(shape.channels, kMostChannels) : shape.channels;
   const int64_t splits = divide_up(static_cast<int64_t>(kReduceBlocks) * queue.multiprocessors, groups);
-  return splits * 2 * shape.channels;
+  return splits * sums * shape.channels;
 }
 
 int64_t Workspace::counters(const Shape& shape) {
   return shape.channels_last ? divide_up(shape.channels, kWarp) : shape.channels;
 }
 
-cudaError_t update_running_stats(int64_t channels, const Running& running, const double* mean, const double* var,
-                                 const int64_t* num_batches_tracked, double momentum, int64_t count,
-                                 const Queue& queue) {
-  if (channels == 0 || count == 0) return cudaSuccess;
-  const auto run = [&](auto type) {
-    using T = typename decltype(type)::type;
-    return launch(update_running_stats_kernel<T>, dim3(static_cast<unsigned>(divide_up(channels, kThreads))), queue,
-                  channels, running, mean, var, num_batches_tracked, momentum, count);
-  };
-  return running.dtype == Dtype::kDouble ? run(Type<double>{}) : with_dtype(running.dtype, run);
+cudaError_t update_running_stats(const Update* updates, int64_t layers, const Queue& queue) {
+  for (int64_t first = 0; first < layers; first += kLayers) {
+    Updates some{};
+    int64_t here = 0, channels = 0;
+    for (int64_t i = first; i < layers && i < first + kLayers; ++i) {
+      if (updates[i].channels == 0 || updates[i].count == 0) continue;
+      some.layers[here++] = updates[i];
+      if (updates[i].channels > channels) channels = updates[i].channels;
+    }
+    if (here == 0) continue;
+    const dim3 grid(static_cast<unsigned>(divide_up(channels, kThreads)), static_cast<unsigned>(here));
+    const cudaError_t error = launch(update_running_stats_kernel, grid, queue, some);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace fastres::cuda

@@ -1,4 +1,4 @@
-"""Contenders that only GPUs know: torch.compile with max-autotune, and fastres in a CUDA graph."""
+"""Contenders that only GPUs know: torch.compile with CUDA graphs, TensorRT, and fastres in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fastres.bench.contenders import Compile, Fastres
+import fastres
+from fastres.bench.contenders import ChannelsLast, Compile, Fastres
 
 _WARM_UP = 3  # calls before a capture: kernels are compiled and chosen, buffers of the optimizer made
 
@@ -37,6 +38,62 @@ class Autotune(Compile):
 
     title = "torch.compile max-autotune"
     options = {"mode": "max-autotune"}
+
+
+class ReduceOverhead(Compile):
+    title = "torch.compile reduce-overhead"
+    options = {"mode": "reduce-overhead"}
+
+
+class TensorRt(ChannelsLast):
+    title = "TensorRT"
+    packages = ("torch_tensorrt",)
+    devices = ("cuda",)
+    modes = ("infer",)  # type: ignore[assignment]
+    dtypes = ("float32", "float16", "bfloat16")
+
+    @classmethod
+    def imports(cls) -> None:
+        import torch_tensorrt  # noqa: F401
+
+    def prepare(self) -> None:
+        super().prepare()
+        import torch_tensorrt
+
+        self.call = torch_tensorrt.compile(
+            self.model,
+            ir="dynamo",
+            inputs=[self.images.contiguous(memory_format=self.layout)],
+            enabled_precisions={self.dtype},
+            min_block_size=1,
+        )
+
+
+class FastresCuda(Fastres):
+    """With the CUDA C++ kernels in place of those of Triton."""
+
+    title = "fastres, CUDA C++"
+    kernels = ("cuda", "cudnn", "reference")
+
+    def setup(self) -> None:
+        with fastres.use_kernels(*self.kernels):
+            super().setup()
+
+    def start(self) -> None:
+        with fastres.use_kernels(*self.kernels):
+            super().start()
+
+
+class FastresGraphed(Fastres):
+    """Inference by fastres.graphed, which copies its input and its result."""
+
+    title = "fastres.graphed"
+    modes = ("infer",)  # type: ignore[assignment]
+
+    def prepare(self) -> None:
+        super().prepare()
+        example = self.images.contiguous(memory_format=self.layout)
+        self.call = fastres.graphed(self.model, example)
 
 
 class FastresGraph(Fastres):

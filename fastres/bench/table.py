@@ -31,7 +31,11 @@ CONTENDERS = {
 #: Those that only GPUs know; `benchmarks/gpu.py` names them.
 GPU_CONTENDERS = {
     "autotune": "fastres.bench.graphs:Autotune",
+    "reduce_overhead": "fastres.bench.graphs:ReduceOverhead",
+    "tensorrt": "fastres.bench.graphs:TensorRt",
+    "fastres_cuda": "fastres.bench.graphs:FastresCuda",
     "fastres_graph": "fastres.bench.graphs:FastresGraph",
+    "fastres_graphed": "fastres.bench.graphs:FastresGraphed",
 }
 REFERENCE = "fastres.bench.contenders:Reference"
 

@@ -21,6 +21,19 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any
     return layout.in_format(y, reference.conv_format(x, weight))
 
 
+def conv_bias_act(add_act: Callable[[Tensor, Tensor, bool], Tensor]) -> Callable[..., Tensor]:
+    """The op conv_bias_act with this addition."""
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *options: Any) -> Tensor:
+        *geometry, relu = options
+        y = convolve(x, weight, bias, tuple(geometry))
+        if residual is not None:
+            return add_act(y, residual, relu)
+        return y.relu_() if relu else y
+
+    return run
+
+
 def conv_bn_act(bn_act: Op) -> Op:
     """The op conv_bn_act with this batch norm."""
 

@@ -57,6 +57,13 @@ def update_why_not(running_mean: Tensor, running_var: Tensor, *args: Any) -> str
     return device_error(running_mean.device.index) if running_mean.is_cuda else None
 
 
+def update_all_why_not(running_means: list[Tensor], *args: Any) -> str | None:
+    for running_mean in running_means:
+        if reason := update_why_not(running_mean, running_mean):
+            return reason
+    return None
+
+
 def _vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
@@ -88,6 +95,72 @@ def bn_act_backward(
     grad_y = layout.like(grad_y.to(x.dtype), channels_last)
     return torch.ops.fastres_cuda.bn_act_backward.default(
         grad_y, x, _vector(weight), _vector(bias), mean, var, mask, *options, channels_last
+    )
+
+
+def bn_add_bn_act(
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    other: Tensor,
+    other_weight: Any,
+    other_bias: Any,
+    other_mean: Any,
+    other_var: Any,
+    training: bool,
+    other_training: bool,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    x = layout.dense(x)
+    channels_last = layout.is_channels_last(x)
+    statistics, other_statistics = (
+        (None, None) if batch else (_vector(m), _vector(v))
+        for batch, m, v in ((training, mean, var), (other_training, other_mean, other_var))
+    )
+    return torch.ops.fastres_cuda.bn_add_bn_act.default(
+        x,
+        _vector(weight),
+        _vector(bias),
+        *statistics,
+        layout.like(other, channels_last),
+        _vector(other_weight),
+        _vector(other_bias),
+        *other_statistics,
+        training,
+        other_training,
+        *options,
+        channels_last,
+    )
+
+
+def bn_add_bn_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Any,
+    mean: Tensor,
+    var: Tensor,
+    other: Tensor,
+    other_weight: Any,
+    other_mean: Tensor,
+    other_var: Tensor,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    x = layout.dense(x)
+    channels_last = layout.is_channels_last(x)
+    return torch.ops.fastres_cuda.bn_add_bn_act_backward.default(
+        layout.like(grad_y.to(x.dtype), channels_last),
+        x,
+        _vector(weight),
+        mean,
+        var,
+        layout.like(other, channels_last),
+        _vector(other_weight),
+        other_mean,
+        other_var,
+        *options,
+        channels_last,
     )
 
 
@@ -137,5 +210,10 @@ def update_running_stats_(*args: Any) -> None:
     torch.ops.fastres_cuda.update_running_stats_.default(*args)
 
 
+def update_all_running_stats_(*args: Any) -> None:
+    torch.ops.fastres_cuda.update_all_running_stats_.default(*args)
+
+
+conv_bias_act = aten.conv_bias_act(add_act)
 conv_bn_act = aten.conv_bn_act(bn_act)
 conv_bn_act_backward = aten.conv_bn_act_backward(bn_act_backward)

@@ -29,23 +29,25 @@ def load() -> None:
     """Loads fastres._C, which registers the ops of torch.ops.fastres_cpu, and where PyTorch has CUDA fastres._cuda and
     its torch.ops.fastres_cuda. Runs when this module is imported."""
     global error, cuda_error
-    error = _load("_C", build_info().get("error") or "this source tree was not built: `pip install -e .` does that")
+    error = _load("_C", build_info(), "this source tree was not built: `pip install -e .` does that")
     if torch.version.cuda is None:  # the binary would not find the functions of libtorch_cuda
         cuda_error = "this PyTorch is built without CUDA"
     else:
-        cuda_error = _load("_cuda", build_info().get("cuda", {}).get("error") or "fastres was built without it")
+        cuda_error = _load("_cuda", build_info().get("cuda", {}), "fastres was built without it")
 
 
-def _load(name: str, missing: str) -> str | None:
-    """Imports fastres.NAME, or says why not; missing: why there may be no such file."""
+def _load(name: str, build: dict[str, Any], missing: str) -> str | None:
+    """Imports fastres.NAME, or says why not; missing: why there may be no such file, if its build does not say."""
     if os.environ.get("FASTRES_NO_EXT") == "1":
         return "FASTRES_NO_EXT=1 leaves the compiled kernels out"
     if not any((_PACKAGE / f"{name}{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):  # beside us, nobody else's
-        return f"fastres.{name} is not there: {missing}"
+        return f"fastres.{name} is not there: {build.get('error') or missing}"
     try:
         importlib.import_module(f"fastres.{name}")
     except Exception as e:  # a binary for another processor, PyTorch or operating system: fastres works without it
-        return f"fastres.{name} does not load: {type(e).__name__}: {e}"
+        built = build.get("torch", torch.__version__)
+        other = "" if built == torch.__version__ else f" (built for torch {built}, this is {torch.__version__})"
+        return f"fastres.{name} does not load{other}: {type(e).__name__}: {e}"
     return None
 
 

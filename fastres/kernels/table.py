@@ -120,11 +120,11 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         (op, "cuda"): [_triton(op, module), _cuda(op), _reference(op)]
         for module, ops in (
             ("batch_norm", ("bn_act", "bn_act_backward")),
+            ("join", ("bn_add_bn_act", "bn_add_bn_act_backward")),
             ("elementwise", ("add_act", "add_act_backward")),
         )
         for op in ops
     },
-    **{(op, "cuda"): [_triton(op, "join"), _reference(op)] for op in ("bn_add_bn_act", "bn_add_bn_act_backward")},
     ("bn_act_maxpool", "cuda"): [
         _triton("bn_act_maxpool", "pool", triton.bn_act_maxpool_why_not),
         _cuda("bn_act_maxpool"),
@@ -138,6 +138,7 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
     ("conv_bias_act", "cuda"): [
         _triton("conv_bias_act", "convolution_ops"),
         Kernel("cudnn", cudnn.conv_bias_act, cudnn.unavailable, cudnn.why_not),
+        _cuda("conv_bias_act", cuda.conv_bn_act_why_not),
         _reference("conv_bias_act"),
     ],
     ("conv1x1_bn_act", "cuda"): [
@@ -163,6 +164,10 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         _cuda("update_running_stats_", cuda.update_why_not),
         _reference("update_running_stats_"),
     ],
+    ("update_all_running_stats_", "cuda"): [
+        _cuda("update_all_running_stats_", cuda.update_all_why_not),
+        _reference("update_all_running_stats_"),
+    ],
 }
 OPS = (
     *_BATCH_NORM_OPS,
@@ -174,7 +179,9 @@ OPS = (
     "conv1x1_bn_act_backward",
     "conv_bias_act",
     "update_running_stats_",
+    "update_all_running_stats_",
 )
+_UPDATES = ("update_running_stats_", "update_all_running_stats_")  # a few values a channel: not worth forcing
 
 _forced: tuple[str, ...] | None = None
 
@@ -182,15 +189,21 @@ _forced: tuple[str, ...] | None = None
 def kernels(op: str, device_type: str) -> list[Kernel]:
     """The kernels of `op` on a device type, best first; only the forced ones inside `use_kernels`."""
     found = TABLE.get((op, device_type)) or [_reference(op)]
-    if _forced is None or op == "update_running_stats_":  # a few values a channel: not worth forcing
+    if _forced is None or op in _UPDATES:
         return found
     return [kernel for kernel in found if kernel.name in _forced]
 
 
+def _first(args: tuple[Any, ...]) -> Tensor:
+    """The first tensor of a call."""
+    return args[0][0] if isinstance(args[0], list | tuple) else args[0]
+
+
 def candidates(op: str, args: tuple[Any, ...]) -> list[Kernel]:
     """The kernels that may serve this call, best first; if measured on this GPU, the fastest before the others."""
-    found = kernels(op, args[0].device.type)
-    name = choices.preferred(op, args[0]) if _forced is None else None
+    first = _first(args)
+    found = kernels(op, first.device.type)
+    name = choices.preferred(op, first) if _forced is None else None
     return found if name is None else sorted(found, key=lambda kernel: kernel.name != name)
 
 
@@ -206,13 +219,13 @@ def select(op: str, args: tuple[Any, ...]) -> Kernel:
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
-    what = "; ".join(reasons) or f"{' or '.join(_forced or ())} has no kernel for it on {args[0].device.type}"
+    what = "; ".join(reasons) or f"{' or '.join(_forced or ())} has no kernel for it on {_first(args).device.type}"
     raise RuntimeError(f"fastres::{op}: no kernel may serve this call ({what})")
 
 
 def fused_kernel_serves(op: str, args: tuple[Any, ...]) -> bool:
     """Whether a kernel other than the reference serves this call."""
-    candidates = (kernel for kernel in kernels(op, args[0].device.type) if kernel.name != "reference")
+    candidates = (kernel for kernel in kernels(op, _first(args).device.type) if kernel.name != "reference")
     return any(kernel.unavailable() is None and kernel.why_not(*args) is None for kernel in candidates)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastres import layout, reference
-from fastres.ops import conv_bn_act, recompute, registration
+from fastres.ops import cast_weights, conv_bn_act, recompute, registration
 
 _GEOMETRY = ([1, 1], [0, 0], [1, 1], 1)
 
@@ -158,8 +158,8 @@ call = registration.differentiable(op, _setup_context, _backward)
 def _cast(
     dtype: torch.dtype, x: Any, conv_weight: Any, weight: Any, bias: Any, mean: Any, var: Any, residual: Any, *rest: Any
 ) -> tuple[Any, ...]:
-    x, conv_weight, residual = (registration.to_dtype(t, dtype) for t in (x, conv_weight, residual))
-    return (x, conv_weight, weight, bias, mean, var, residual, *rest)
+    x, residual = (registration.to_dtype(t, dtype) for t in (x, residual))
+    return (x, cast_weights.cast(conv_weight, dtype), weight, bias, mean, var, residual, *rest)
 
 
 registration.autocast(op, _cast)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastres import layout, reference
 from fastres.kernels import convolution
-from fastres.ops import recompute, registration
+from fastres.ops import cast_weights, recompute, registration
 
 
 def _fake(
@@ -73,8 +73,8 @@ call = registration.differentiable(op, _setup_context, _backward, _eager_backwar
 
 
 def _cast(dtype: torch.dtype, x: Any, weight: Any, bias: Any, residual: Any, *rest: Any) -> tuple[Any, ...]:
-    x, weight, bias, residual = (registration.to_dtype(t, dtype) for t in (x, weight, bias, residual))
-    return (x, weight, bias, residual, *rest)
+    x, bias, residual = (registration.to_dtype(t, dtype) for t in (x, bias, residual))
+    return (x, cast_weights.cast(weight, dtype), bias, residual, *rest)
 
 
 registration.autocast(op, _cast)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres import layout, reference
 from fastres.kernels import convolution
-from fastres.ops import bn_act, recompute, registration
+from fastres.ops import bn_act, cast_weights, recompute, registration
 
 
 def _fake(
@@ -234,10 +234,8 @@ def _cast(
     residual: Any,
     *rest: Any,
 ) -> tuple[Any, ...]:
-    x, conv_weight, conv_bias, residual = (
-        registration.to_dtype(t, dtype) for t in (x, conv_weight, conv_bias, residual)
-    )
-    return (x, conv_weight, conv_bias, weight, bias, mean, var, residual, *rest)
+    x, conv_bias, residual = (registration.to_dtype(t, dtype) for t in (x, conv_bias, residual))
+    return (x, cast_weights.cast(conv_weight, dtype), conv_bias, weight, bias, mean, var, residual, *rest)
 
 
 registration.autocast(op, _cast)

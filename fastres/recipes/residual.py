@@ -165,7 +165,8 @@ class StemForward(FusedModule):
     )
 
     def _forward_impl(self: Any, x: Tensor) -> Tensor:
-        x = sites.chain_of_blocks(self, self.parts, self.forwards, x, self._features)
+        with sites.together(self, x):
+            x = sites.chain_of_blocks(self, self.parts, self.forwards, x, self._features)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def _features(self: Any, x: Tensor) -> Tensor:
@@ -195,7 +196,8 @@ class CifarForward(StemForward):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if sites.plain_classifier(self.avgpool, self.fc):
-            return sites.chain_of_blocks(self, (*self.parts, "avgpool", "fc"), self.forwards, x, self._logits)
+            with sites.together(self, x):
+                return sites.chain_of_blocks(self, (*self.parts, "avgpool", "fc"), self.forwards, x, self._logits)
         return self._forward_impl(x)
 
     def _features(self: Any, x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@
 #include <cuda_runtime.h>
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
 
 #include <math.h>
 #include <ucontext.h>
@@ -101,6 +103,8 @@ struct Block {
     std::free(memory);
   }
 };
+
+inline long launches = 0;  // so far
 
 inline std::atomic<Fiber*> current{nullptr};
 inline Fiber& self() { return *current.load(std::memory_order_relaxed); }
@@ -210,6 +214,7 @@ inline cudaError_t launch(dim3 size, unsigned threads, const std::function<void(
   if (size.x == 0 || size.y == 0 || size.z != 1 || size.y > 65535 || threads == 0 || threads > 1024) {
     return cudaErrorInvalidConfiguration;
   }
+  ++launches;
   Grid grid{};
   grid.size = size, grid.threads = threads, grid.body = &body;
   const size_t blocks = static_cast<size_t>(size.x) * size.y;

@@ -146,6 +146,76 @@ std::vector<double> random_values(size_t count, unsigned seed, double mean = 0.0
   return values;
 }
 
+// Two branches, the first with batch statistics of `norm` and the second with given ones; only the first has a bias.
+void run_join(const Case& t, const Memory& x_, const std::vector<double>& x, const Memory& other_,
+              const std::vector<double>& other, const Memory& grad_, const std::vector<double>& grad, const Norm& norm,
+              const Workspace& work) {
+  const Shape shape{t.n, t.c, t.h * t.w, t.channels_last, t.dtype};
+  const size_t size = x.size(), shift = t.shifted ? size_of(t.dtype) : 0;
+  const double count = static_cast<double>(t.n * t.h * t.w), tolerance = epsilon(t.dtype);
+  const auto channel = [&](size_t i) { return t.channels_last ? i % t.c : i / (t.h * t.w) % t.c; };
+  std::vector<double> mean(t.c), var(t.c), other_mean(t.c, 0.25), other_var(t.c, 2.0);
+  for (size_t i = 0; i < size; ++i) mean[channel(i)] += x[i] / count;
+  for (size_t i = 0; i < size; ++i) var[channel(i)] += (x[i] - mean[channel(i)]) * (x[i] - mean[channel(i)]) / count;
+  std::vector<float> weight(t.c);
+  for (int64_t c = 0; c < t.c; ++c) weight[c] = 0.5f + c % 7 * 0.25f;
+  const auto other_mean_ = upload(other_mean), other_var_ = upload(other_var);
+  Norm other_norm = norm;
+  other_norm.mean.data = other_mean_->data(), other_norm.var.data = other_var_->data();
+  other_norm.weight.data = other_norm.bias.data = nullptr;
+  const auto x_hat = [&](size_t i) { return (x[i] - mean[channel(i)]) / std::sqrt(var[channel(i)] + 1e-5); };
+  const auto other_hat = [&](size_t i) { return (other[i] - 0.25) / std::sqrt(2.0 + 1e-5); };
+
+  const int64_t rows = t.channels_last ? t.n * t.h * t.w : t.n * t.c,
+                bytes = ((t.channels_last ? t.c : t.h * t.w) + 7) / 8;
+  const Memory y_(size * size_of(t.dtype), shift), mask(rows * bytes);
+  const Memory used_mean(t.c * sizeof(double)), used_var(t.c * sizeof(double));
+  auto* bits = static_cast<uint8_t*>(mask.data());
+  check(join(shape, {x_.data(), norm, nullptr, nullptr},
+             {other_.data(), other_norm, static_cast<double*>(used_mean.data()), static_cast<double*>(used_var.data())},
+             y_.data(), bits, true, kQueue),
+        "join");
+  std::vector<double> y(size), grad_weight(t.c), grad_bias(t.c), other_weight(t.c), grad_x(size), grad_other(size);
+  for (size_t i = 0; i < size; ++i) {
+    const float bias = channel(i) % 5 * 0.3f - 0.5f;
+    y[i] = std::fmax(x_hat(i) * weight[channel(i)] + bias + other_hat(i), 0.0);
+  }
+  const std::vector<double> got_y = download(t.dtype, y_);  // whose zeros are where the mask has none
+  expect(t, "joined", got_y, y, tolerance);
+  expect(t, "used_mean of the other branch", download<double>(used_mean), other_mean, 0.0);
+  const auto g = [&](size_t i) { return got_y[i] > 0.0 ? grad[i] : 0.0; };
+  for (size_t i = 0; i < size; ++i) {
+    const size_t c = channel(i);
+    grad_bias[c] += g(i), grad_weight[c] += g(i) * x_hat(i), other_weight[c] += g(i) * other_hat(i);
+  }
+  for (size_t i = 0; i < size; ++i) {
+    const size_t c = channel(i);
+    grad_x[i] =
+        weight[c] / std::sqrt(var[c] + 1e-5) * (g(i) - grad_bias[c] / count - x_hat(i) * grad_weight[c] / count);
+    grad_other[i] = g(i) / std::sqrt(2.0 + 1e-5);
+  }
+  const Memory found[2][3] = {{Memory(t.c * 4), Memory(t.c * 4), Memory(3 * t.c * 4)},
+                              {Memory(t.c * 4), Memory(t.c * 4), Memory(3 * t.c * 4)}};
+  const Memory grad_x_(size * size_of(t.dtype), shift), grad_other_(size * size_of(t.dtype), shift);
+  const auto reduced = [&](int i) {
+    return Reduced{static_cast<float*>(found[i][0].data()), static_cast<float*>(found[i][1].data()),
+                   static_cast<float*>(found[i][2].data()), nullptr};
+  };
+  const BranchGradient one{x_.data(), norm, true, reduced(0), grad_x_.data()},
+      two{other_.data(), other_norm, false, reduced(1), grad_other_.data()};
+  check(join_backward_reduce(shape, grad_.data(), bits, one, two, work, kQueue), "join_backward_reduce");
+  check(join_backward_apply(shape, grad_.data(), bits, one, two, kQueue), "join_backward_apply");
+  const std::vector<double>* want[2][2] = {{&grad_weight, &grad_bias}, {&other_weight, &grad_bias}};
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      const std::vector<float> got = download<float>(found[i][j]);
+      expect(t, "gradients of weights and biases of the join", {got.begin(), got.end()}, *want[i][j], 1e-4);
+    }
+  }
+  expect(t, "grad_x of the join", download(t.dtype, grad_x_), grad_x, 2 * tolerance);
+  expect(t, "grad_other of the join", download(t.dtype, grad_other_), grad_other, 2 * tolerance);
+}
+
 void run(const Case& t) {
   const Shape shape{t.n, t.c, t.h * t.w, t.channels_last, t.dtype};
   const size_t size = t.n * t.c * t.h * t.w, shift = t.shifted ? size_of(t.dtype) : 0;
@@ -162,7 +232,7 @@ void run(const Case& t) {
   std::vector<float> weight(t.c), bias(t.c);
   for (int64_t c = 0; c < t.c; ++c) weight[c] = 0.5f + c % 7 * 0.25f, bias[c] = c % 5 * 0.3f - 0.5f;
   const auto weight_ = upload(weight), bias_ = upload(bias);
-  const Memory partial(Workspace::floats(shape, kQueue) * sizeof(float));
+  const Memory partial(Workspace::floats(shape, kQueue, 3) * sizeof(float));
   const auto tickets = upload(std::vector<unsigned>(Workspace::counters(shape)));
   const Workspace work{static_cast<float*>(partial.data()), static_cast<unsigned*>(tickets->data())};
 
@@ -178,12 +248,26 @@ void run(const Case& t) {
 
   std::vector<float> running(t.c, 1.0f);
   const auto running_mean = upload(running), running_var = upload(running);
-  const Running stats{running_mean->data(), running_var->data(), Dtype::kFloat, 1, 1};
-  check(update_running_stats(t.c, stats, mean_data, var_data, nullptr, 0.1, 7, kQueue), "update_running_stats");
+  std::vector<float> other(5, 1.0f);  // a second layer, which has fewer channels
+  const auto other_mean = upload(other), other_var = upload(other);
+  const Update updates[] = {
+      {{running_mean->data(), running_var->data(), Dtype::kFloat, 1, 1}, mean_data, var_data, nullptr, 0.1, t.c, 7},
+      {{other_mean->data(), other_var->data(), Dtype::kFloat, 1, 1},
+       mean_data,
+       var_data,
+       nullptr,
+       1.0,
+       t.c < 5 ? t.c : 5,
+       7}};
+  check(update_running_stats(updates, 2, kQueue), "update_running_stats");
   std::vector<double> want(t.c), got;
   for (int64_t c = 0; c < t.c; ++c) want[c] = 0.9 + 0.1 * mean[c];
   running = download<float>(*running_mean);
   expect(t, "running_mean", {running.begin(), running.end()}, want, 1e-6);
+  other = download<float>(*other_mean);
+  std::vector<double> replaced(5, 1.0);
+  for (int64_t c = 0; c < 5 && c < t.c; ++c) replaced[c] = mean[c];
+  expect(t, "running_mean of the second layer", {other.begin(), other.end()}, replaced, 1e-6);
 
   const Norm norm{{mean_data, Dtype::kDouble},
                   {var_data, Dtype::kDouble},
@@ -238,6 +322,8 @@ void run(const Case& t) {
   const Memory grad_x_ = activation(size);
   check(backward_apply(shape, norm, gradient, reduced.factors, grad_x_.data(), kQueue), "backward_apply");
   expect(t, "grad_x", download(t.dtype, grad_x_), grad_x, 2 * tolerance);
+
+  run_join(t, *x_, x, *residual_, residual, *grad_, grad, norm, work);
 
   check(add_act(t.dtype, size, x_->data(), residual_->data(), y_.data(), true, kQueue), "add_act");
   for (size_t i = 0; i < size; ++i) y[i] = std::fmax(x[i] + residual[i], 0.0);
