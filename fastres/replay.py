@@ -29,13 +29,12 @@ from fastres.kernels import program as programs
 #: run(x, residual, relu)
 Run = Callable[[Tensor, Tensor | None, bool], Tensor]
 
-_PLAIN: dict[type[nn.Module], Any] = {
+_PLAIN: dict[type[nn.Module], Any] = batch_norm.FORWARDS | {
     kind: kind.forward
     for kind in (
         nn.Sequential,
         nn.Identity,
         nn.Conv2d,
-        *batch_norm.FORWARDS,
         nn.ReLU,
         nn.MaxPool2d,
         nn.AdaptiveAvgPool2d,
