@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres import arguments, batch_norm, config, functional, reference, replay
+from fastres import arguments, batch_norm, config, functional, ops, reference, replay
 from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution, extension, table
 from fastres.ops import registration
@@ -30,6 +30,20 @@ class _Entry:
     shape: tuple[int, int, int, int]  # of the output for these
 
 
+class Plain:
+    """A convolution whose folded weight is kept in its order, not packed: for whichever kernel serves a call."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, where: Geometry) -> None:
+        self.weight, self.bias, self.where = weight, bias, where
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        return ops.conv_bias_act.op(x, self.weight, self.bias, residual, *self.where, relu)
+
+
 # A module's entry goes with the module. Copies and pickles of a model carry no folded weights.
 _entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
 
@@ -47,6 +61,11 @@ def packed_bytes(model: nn.Module | None = None) -> int:
     """
     entries = _entries.values() if model is None else [_entries[m] for m in model.modules() if m in _entries]
     return sum(entry.run.nbytes for entry in list(entries) if entry.run is not None)
+
+
+def kept(model: nn.Module) -> list[table.PackedConvolution]:
+    """The folded weights of `model` that are kept now: who holds them may go on to use their memory."""
+    return [entry.run for m in model.modules() if (entry := _entries.get(m)) is not None and entry.run is not None]
 
 
 def geometry(conv: nn.Conv2d) -> Geometry:
@@ -71,14 +90,14 @@ def folded(conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor) -> tuple[table.Pack
     Kept under three witnesses: identity and version counter of every tensor, and a fingerprint of the values, because
     writes through `.data` and to inference tensors move no counter. The fingerprint reads batch norm's tensors whole,
     and of a large weight samples of every output and every input channel (csrc/cpu/fingerprint.cpp);
-    `fastres.refresh_` is for any other write.
+    `fastres.refresh_` is for any other write. On GPUs there is no fingerprint, which the CPU would have to wait for.
 
     Raises:
         RuntimeError: if x does not fit the convolution.
     """
-    if not config.keep_folded_weights or torch.compiler.is_compiling() or registration.autocast_enabled("cpu"):
+    if not config.keep_folded_weights or torch.compiler.is_compiling() or registration.autocast_enabled(x.device.type):
         return None
-    if not x.is_cpu or not extension.available() or x.dtype is torch.float64 or not x.numel():
+    if not serves(x) or x.dtype is torch.float64 or not x.numel():
         return None
     sources: tuple[Tensor | None, ...] = conv_tensors(conv)
     if bn is not None:
@@ -88,7 +107,7 @@ def folded(conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor) -> tuple[table.Pack
     tensors = [t for t in sources if t is not None]
     made_from = (
         [id(t) if t.is_inference() else (id(t), t._version) for t in tensors],
-        torch.ops.fastres_cpu.fingerprint.default(tensors),
+        torch.ops.fastres_cpu.fingerprint.default(tensors) if packs(x) else [t.data_ptr() for t in tensors],
         None if bn is None else bn.eps,
         (conv.stride, conv.padding, conv.dilation, conv.groups),
     )
@@ -101,6 +120,8 @@ def folded(conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor) -> tuple[table.Pack
     )
     entry = _entries.get(conv)
     if entry is None or entry.inputs != inputs or entry.made_from != made_from:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # folding would wait for the device
         shape = arguments.check_convolution(x, conv.weight, conv.bias, geometry(conv))
         plan = _plan(conv, x)
         if entry is not None and entry.made_from == made_from and entry.plan == plan:
@@ -117,15 +138,34 @@ def folded(conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor) -> tuple[table.Pack
     return None if entry.run is None else (entry.run, entry.shape)
 
 
+def packs(x: Tensor) -> bool:
+    """Whether kernels for inputs like x take packed weights; else they are kept plain."""
+    return x.is_cpu
+
+
+def serves(x: Tensor) -> bool:
+    """Whether folded weights are for x's device at all."""
+    return extension.available() if packs(x) else x.is_cuda
+
+
 def _plan(conv: nn.Conv2d, x: Tensor) -> tuple[Any, ...] | None:
     """What the weights are packed for: kernel, method, layout, dtype. None if no kernel keeps packed weights."""
     where = geometry(conv)
+    if not packs(x):
+        order = reference.conv_format(x, conv.weight)
+        weight = conv.weight.to(x.dtype)
+        served = all(table.fused_kernel_serves("conv_bias_act", (x, weight, None, None, *where, r)) for r in (0, 1))
+        return (_plain, "", order, x.dtype) if served else None
     for kernel in table.kernels("conv_bias_act", "cpu"):
         if kernel.unavailable() is None and kernel.why_not(x, conv.weight, None, None, *where) is None:
             method = convolution.method(x, conv.weight, *where)
             order = reference.conv_format(x, conv.weight)
             return None if kernel.prepare is None else (kernel.prepare, method, order, x.dtype)
     return None
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, *where: Any) -> Plain:
+    return Plain(weight.to(x.dtype), None if bias is None else bias.to(x.dtype), where)
 
 
 @torch.no_grad()

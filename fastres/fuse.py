@@ -68,8 +68,8 @@ def unfuse_(model: nn.Module) -> nn.Module:
 
 def refresh_(model: nn.Module) -> nn.Module:
     """Drops the folded weights of `model`: the next inference call folds anew. Needed only after writing to a few
-    single values of a weight behind autograd's back (through `.data`, NumPy or a raw pointer); every other change is
-    noticed. Returns `model`."""
+    single values of a weight behind autograd's back (through `.data`, NumPy or a raw pointer), on a GPU to any;
+    every other change is noticed. Returns `model`."""
     folding.forget(model)
     replay.forget(model)
     return model

@@ -8,15 +8,20 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-_WARM_UP = 3  # calls before a capture: kernels are compiled, algorithms chosen
+from fastres import folding
+from fastres.kernels.table import PackedConvolution
+
+_WARM_UP = 3  # calls before a capture: kernels are compiled, algorithms chosen, weights folded
+#: The graph, its input, its output, and folded weights that it reads: their memory must not be used again.
+_Graph = tuple[torch.cuda.CUDAGraph, Tensor, Tensor, list[PackedConvolution]]
 
 
 def graphed(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     """A function that computes model(x), of a tensor to a tensor, without gradients.
 
     On a CUDA device it replays a graph, captured for the example now and for an input of another shape, dtype, layout
-    or device when it first comes. Weights may be written in place; where one lies in other memory, or a module is
-    switched between training and evaluation, the graphs are captured anew. On a CPU it calls the model.
+    or device when it first comes. Where a weight was written or lies in other memory, the graphs are captured anew; a
+    write behind autograd's back (`.data`) goes unnoticed. On a CPU it calls the model.
 
     Args:
         model: in evaluation mode: a graph would repeat a training step's updates.
@@ -33,8 +38,8 @@ def graphed(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
 class _Graphed:
     def __init__(self, model: nn.Module):
         self.model = model
-        self.graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self.places: list[int] = []
+        self.graphs: dict[tuple[object, ...], _Graph] = {}
+        self.weights: list[object] = []
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -42,20 +47,21 @@ class _Graphed:
             raise ValueError("fastres.graphed: the model is in training mode; call model.eval() first")
         if not x.is_cuda:
             return self.model(x)
-        places = [t.data_ptr() for t in chain(self.model.parameters(), self.model.buffers())]
-        if places != self.places:
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        weights: list[object] = [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+        if weights != self.weights:
             self.graphs.clear()
-            self.places = places
+            self.weights = weights
         key = (x.shape, x.stride(), x.dtype, x.device)
         if key not in self.graphs:
             self.graphs[key] = self._capture(x)
-        graph, source, result = self.graphs[key]
+        graph, source, result, _ = self.graphs[key]
         with torch.cuda.device(x.device):
             source.copy_(x)
             graph.replay()
             return result.clone()
 
-    def _capture(self, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _capture(self, x: Tensor) -> _Graph:
         with torch.cuda.device(x.device):
             source = x.clone()
             stream = torch.cuda.Stream()
@@ -67,4 +73,4 @@ class _Graphed:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 result = self.model(source)
-            return graph, source, result
+            return graph, source, result, folding.kept(self.model)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastres
-from fastres import functional, images
+from fastres import folding, functional, images
 from fastres.bench.graphs import capture
 from fastres.kernels import cuda
 from fastres.layout import is_channels_last, mask_bytes, unpack_mask
@@ -288,6 +288,16 @@ def test_graphed_inference(block):
         assert torch.equal(run(data[0]), model(data[0]))
         model.conv1.weight.data = model.conv1.weight.data * 2
         assert torch.equal(run(data[0]), model(data[0]))
+        assert folding.kept(model)
+        eager = fastres.unfuse_(copy.deepcopy(model)).double()
+        for write in (lambda p: p.mul_(1.01), lambda p: p.copy_(p * 0.9)):  # folded weights and graphs follow
+            for p in model.layer1.parameters():
+                write(p)
+            eager.load_state_dict(model.state_dict())
+            assert torch.equal(run(data[0]), model(data[0]))
+            assert relative_error(run(data[0]), eager(data[0].double())) < 1e-2  # tf32
+        fastres.refresh_(model)
+        assert torch.equal(run(data[0]), model(data[0]))  # what a graph reads is not given back
 
 
 @pytest.fixture

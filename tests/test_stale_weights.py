@@ -10,6 +10,7 @@ from _compare import assert_path, block, image, kept, network, randomise, set_mo
 from torch import nn
 
 import fastres
+from fastres import folding, sites
 from fastres.kernels import extension
 from fastres.nn import ConvBnAct2d
 
@@ -257,3 +258,73 @@ def test_training_keeps_nothing():
     step(set_mode(model, "train"), image())
     step(set_mode(model, "eval"), image())
     assert kept(model.conv1) is None
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Weights are kept folded but not packed, and without a fingerprint."""
+    monkeypatch.setattr(folding, "packs", lambda x: False)
+    monkeypatch.setattr(folding, "serves", lambda x: True)
+    monkeypatch.setattr(sites, "chain_of_blocks", None)  # blocks alone: replaying is for CPUs
+
+
+def scaled(block):
+    with torch.no_grad():
+        for p in block.parameters():
+            p.mul_(1.2)
+
+
+def moved_statistics(block):
+    with torch.no_grad():
+        block.bn1.running_mean.add_(0.5)
+        block.bn2.running_var.mul_(2.0)
+
+
+def replaced_parameter(block):
+    block.conv2.weight = nn.Parameter(block.conv2.weight.detach() * 1.5)
+
+
+def other_memory(block):
+    for p in block.parameters():
+        p.data = p.data * 1.3
+
+
+def loaded(block):
+    block.load_state_dict({k: v * 1.1 if v.is_floating_point() else v for k, v in block.state_dict().items()})
+
+
+def another_eps(block):
+    block.bn2.eps = 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", [scaled, moved_statistics, replaced_parameter, other_memory, loaded, another_eps])
+def test_weights_that_are_kept_plain(as_on_a_gpu, change, dtype):
+    eager = block(kind="BasicBlock", stride=2).to(dtype)
+    fused, x = copy.deepcopy(eager), image().to(dtype)
+    fastres.fuse_(fused)
+    infer(fused, x)
+    first = folding.kept(fused)
+    assert len(first) == 3 and all(type(run) is folding.Plain and run.weight.dtype is dtype for run in first)
+    infer(fused, x[:2])  # another size: the same weights
+    assert all(a is b for a, b in zip(folding.kept(fused), first, strict=True))
+    for model in (eager, fused):
+        change(model)
+    got, want = infer(fused, x), infer(eager.double(), x.double())
+    assert folding.kept(fused) != first
+    bound = 1e-4 if dtype is torch.float32 else 0.05
+    torch.testing.assert_close(got.double(), want, rtol=bound, atol=bound)
+    conv = fused.conv2
+    conv.weight.data.mul_(3.0)  # goes unnoticed without a fingerprint
+    assert torch.equal(infer(fused, x), got)
+    fastres.refresh_(fused)
+    assert not torch.allclose(infer(fused, x), got)
+
+
+def test_weights_that_are_not_finite_are_not_kept_plain(as_on_a_gpu):
+    """Batch norm runs by itself there."""
+    fused = block(kind="BasicBlock")
+    fused.conv1.weight.data[0, 0, 0, 0] = float("inf")
+    fastres.fuse_(fused)
+    infer(fused, image())
+    assert kept(fused.conv1).run is None and kept(fused.conv2).run is not None
