@@ -27,8 +27,8 @@ CLAIM = (
 LIMITS = (
     "One network, trained shortly on a small data set. As in the paper, the gradient of a length is the number of its "
     "paths times the mean norm of sampled ones: it would be reached only if all of them pointed the same way, and "
-    "a few large norms decide the mean. The exact sums add the gradients as vectors: they need no sampling, and what cancels "
-    "is gone. A path is one of the backward pass; the forward pass is that of the whole network."
+    "a few large norms decide the mean. The exact sums add the gradients as vectors: they need no sampling, and what "
+    "cancels is gone. A path is one of the backward pass; the forward pass is that of the whole network."
 )
 SHARE = 0.95
 
