@@ -65,7 +65,7 @@ class _Lesions:
 
 def lesion(
     *,
-    models: tuple[str, ...] = ("resnet20", "resnet32", "plain20"),
+    models: tuple[str, ...] = ("resnet56_v2", "resnet20", "plain20"),
     checkpoint: tuple[str, ...] = (),
     epochs: int = 10,
     batch: int = 64,

@@ -26,16 +26,16 @@ CLAIM = (
 )
 LIMITS = (
     "One network, trained shortly on a small data set. As in the paper, the gradient of a length is the number of its "
-    "paths times the mean norm of a sampled one: it would be reached only if all of them pointed the same way. The "
-    "column of exact sums adds the gradients as vectors; it needs no sampling and contains what cancels. A path is "
-    "one of the backward pass: the forward pass is that of the whole network."
+    "paths times the mean norm of sampled ones: it would be reached only if all of them pointed the same way, and "
+    "a few large norms decide the mean. The exact sums add the gradients as vectors: they need no sampling, and what "
+    "cancels is gone. A path is one of the backward pass; the forward pass is that of the whole network."
 )
 SHARE = 0.95
 
 
 def paths(
     *,
-    model: str = "resnet32",
+    model: str = "resnet56_v2",
     checkpoint: str = "",
     epochs: int = 10,
     batch: int = 64,
@@ -43,7 +43,7 @@ def paths(
     seed: int = 0,
     batches: int = 4,
     images: int = 16,
-    samples: int = 10,
+    samples: int = 25,
     data: str = "digits",
     root: str = "",
 ) -> Report:
@@ -208,8 +208,8 @@ def _plot(n: int, norms: Sequence[Sequence[float]], total: Sequence[float], sums
     figure, (number, norm, share) = figures.axes(3, width=4.2, height=3.4)
     lengths = np.arange(n + 1)
     green, red, blue = figures.COLORS[:3]
-    number.bar(lengths, [float(count) for count in counts(n)], color=blue, width=0.85)
-    number.set_ylabel("number of paths", fontsize=9)
+    number.bar(lengths, [100 * count / 2**n for count in counts(n)], color=blue, width=0.85)
+    number.set_ylabel("share of the paths, %", fontsize=9)
     means = [fmean(values) for values in norms]
     norm.plot(lengths, means, "o-", color=green, markersize=3, linewidth=1.5)
     norm.fill_between(lengths, [min(v) for v in norms], [max(v) for v in norms], color=green, alpha=0.2, linewidth=0)
@@ -225,7 +225,7 @@ def _plot(n: int, norms: Sequence[Sequence[float]], total: Sequence[float], sums
     share.axvline(n / 2, color=figures.COLORS[5], linewidth=1, linestyle=":", label="length of the average path")
     share.set_ylabel("share of the gradient, %", fontsize=9)
     share.set_ylim(top=1.3 * 100 * max(*total, *sums))  # room for the legend
-    share.legend(fontsize=7.5, frameon=False, loc="upper right")
+    share.legend(fontsize=7.5, framealpha=1, edgecolor="white", loc="upper right")
     titles = ("paths of each length", "gradient along one path", "gradient along all of them")
     for axis, title in zip((number, norm, share), titles, strict=True):
         axis.set_title(title, fontsize=10, loc="left")
