@@ -40,12 +40,12 @@ class Block:
     @property
     def plain(self) -> bool:
         """Without a shortcut."""
-        return isinstance(self.module, _PLAIN)
+        return not getattr(self.module, "residual", True)  # torchvision's blocks do not say
 
     @property
     def preactivation(self) -> bool:
         """v2: nothing follows the addition."""
-        return isinstance(self.module, _PRE)
+        return bool(getattr(self.module, "preactivation", False))
 
     @property
     def convolutions(self) -> list[nn.Conv2d]:
