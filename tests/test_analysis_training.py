@@ -62,10 +62,10 @@ def test_a_short_run_leaves_its_files(analysis: str, small_data: Any, tmp_path: 
 
 
 def test_the_numbers_are_those_of_the_trainings(small_data: Any) -> None:
-    report = degradation(**{**TINY, "epochs": 2}, depths=(8, 14))
+    report = degradation(**{**TINY, "epochs": 2}, depths=(8, 14), lr=0.05)
     (network, _, error, test_error, _, _), *_ = report.tables[0].rows
     assert network == "plain-8"
-    history = training.train(families.build("plain", 8, 3, seed=0), "", small_data, epochs=2, batch=16)
+    history = training.train(families.build("plain", 8, 3, seed=0), "", small_data, epochs=2, batch=16, lr=0.05)
     assert (error, test_error) == (history[-1]["train_error"], history[-1]["test_error"])
     rows = [row for row in report.tables[1].rows if row[0] == "plain-8"]
     assert [row[4] for row in rows] == [row["train_error"] for row in history]

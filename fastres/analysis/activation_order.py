@@ -23,7 +23,9 @@ CLAIM = (
 LIMITS = (
     "Where the paper finds a large effect there are 1001 layers; at 110 it is a quarter of a point of test error "
     "after 64,000 steps, which neither so few steps nor so few test images resolve. What is seen here is the "
-    "beginning of training. Noise is judged by the number of images only; differences from seed to seed come on top."
+    "beginning of training, at one learning rate, and which family is ahead depends on it (--lr): a v2 network has a "
+    "batch norm before its linear layer, so the same rate moves it less. Noise is judged by the number of images "
+    "only; differences from seed to seed come on top."
 )
 NAMES = {"resnet": "post-activation (v1)", "resnet_v2": "pre-activation (v2)"}
 

@@ -55,10 +55,10 @@ class Outcome:
 
 def batch_norm(
     *,
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
     families: tuple[str, ...] = ("plain", "resnet"),
-    depth: int = 14,
-    epochs: int = 2,
+    depth: int = 8,
+    epochs: int = 4,
     batch: int = 32,
     seeds: tuple[int, ...] = (0,),
     data: str = "digits",
@@ -160,17 +160,19 @@ def _trained_rates(outcomes: Sequence[Outcome], family: str, normalised: bool) -
 
 
 def _judge(outcomes: list[Outcome], families: Sequence[str], ladder: list[float], depth: int) -> tuple[str, str]:
-    """What was measured, and the verdict: the highest rate that trains is higher with batch norm, in each family."""
-    parts, kept = [], []
+    """What was measured, and the verdict: the highest rate that trains is higher with batch norm, in each family. Where
+    no rate trains without it there is nothing to compare with: that counts in part."""
+    parts, higher, only = [], [], []
     for family in families:
         used, bare = (_trained_rates(outcomes, family, normalised) for normalised in (True, False))
-        kept.append(bool(used) and (not bare or used[-1] > bare[-1]))
+        higher.append(bool(used and bare) and used[-1] > bare[-1])
+        only.append(bool(used) and not bare)
         with_it, without = _span(used, ladder), _span(bare, ladder)
         words = f"{title(family, depth)} trains at rates {with_it} with batch norm, {without} without"
         if used and bare:
             words += f": the highest is {used[-1] / bare[-1]:.3g} times as high"
         parts.append(words)
-    verdict = "reproduced" if all(kept) else "partly reproduced" if any(kept) else "not reproduced"
+    verdict = "reproduced" if all(higher) else "partly reproduced" if any(higher + only) else "not reproduced"
     return "; ".join(parts) + ".", verdict
 
 

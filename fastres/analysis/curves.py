@@ -103,6 +103,7 @@ def draw(axis: Any, networks: Sequence[Trained], colors: Sequence[str], *, top: 
             axis.fill_between(epochs, test.min(0), test.max(0), color=color, alpha=0.15, linewidth=0)
         labels.append((test.mean(0)[-1], f"{network.name}: {test.mean(0)[-1]:.1f} %", color))
     axis.set_xlabel("epoch", fontsize=9)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylim(0, top)
     label_ends(axis, labels)
 

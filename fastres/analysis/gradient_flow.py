@@ -95,7 +95,7 @@ class Flow:
 
 def gradient_flow(
     *,
-    depths: tuple[int, ...] = (8, 20, 56),
+    depths: tuple[int, ...] = (20, 32, 56),
     families: tuple[str, ...] = FAMILIES,
     epochs: int = 1,
     batch: int = 32,
@@ -186,11 +186,15 @@ def _judge(deepest: dict[str, Flow], flows: list[Flow]) -> tuple[str, str]:
             kept.append(flow.whole > 1 / HEALTHY and steadier)
         how = "vanishes" if flow.whole < 1 / HEALTHY else "explodes" if flow.whole > HEALTHY else "stays within 1000"
         parts.append(
-            f"{flow.name}: the gradient {how}: before the first block {flow.whole:.2g} times that after the last, "
+            f"{flow.name}: the gradient {how}: before the first block {_times(flow.whole)} times that after the last, "
             f"{flow.growth:.3g} times a block"
         )
     verdict = "reproduced" if all(kept) else "partly reproduced" if any(kept) else "not reproduced"
     return "; ".join(parts) + ".", verdict
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.0f}" if factor >= 10 else f"{factor:.2g}"
 
 
 def _summary(flows: dict[tuple[str, int], Flow]) -> Table:
@@ -252,7 +256,7 @@ def _blocks(flows: dict[tuple[str, int], Flow]) -> Table:
 
 def _plot_layers(flows: dict[tuple[str, int], Flow], depths: list[int], families: tuple[str, ...]) -> Plot:
     """A column for each family, rows for initialisation and training, a curve for each depth."""
-    figure, axes = figures.axes(len(families), 2, width=3.3, height=2.5)
+    figure, axes = figures.axes(len(families), 2, width=3.1, height=2.4)
     lowest = min(min(flow.first + flow.trained) for flow in flows.values())
     highest = max(max(flow.first + flow.trained) for flow in flows.values())
     for i, axis in enumerate(axes):
@@ -269,9 +273,11 @@ def _plot_layers(flows: dict[tuple[str, int], Flow], depths: list[int], families
             labels.append((norms[-1], title(family, depth), color))
         curves.label_ends(axis, labels)
         axis.set_title("last epoch of training" if training else "initialisation", fontsize=10, loc="left")
-        axis.set_xlabel("layer, 0: first, 1: last", fontsize=9)
+        if i >= len(families):
+            axis.set_xlabel("layer, 0: first, 1: last", fontsize=9)
         if i % len(families) == 0:
             axis.set_ylabel("norm of the weights' gradient", fontsize=9)
+        axis.tick_params(labelbottom=i >= len(families), labelleft=i % len(families) == 0)
     return Plot("gradient-flow-layers", figure, "Norms of the gradients of the convolutions' weights, layer by layer.")
 
 
@@ -287,10 +293,10 @@ def _plot_blocks(flows: dict[tuple[str, int], Flow], depths: list[int], families
         labels = []
         for family, color in zip(families, (figures.COLORS[i] for i in (1, 2, 0)), strict=False):
             found = ratios[family, depth]
-            axis.plot(range(1, len(found) + 1), found, "-", color=color, linewidth=1.6)
+            axis.plot(range(1, len(found) + 1), found, ".-", color=color, linewidth=1.6, markersize=4)
             labels.append((found[-1], title(family, depth), color))
         curves.label_ends(axis, labels)
-        axis.set_xlabel("block, from the input on", fontsize=9)
+        axis.set_xlabel("block with an identity, from the input on", fontsize=9)
     axes[0].set_ylabel("|dL/dx| over |dL/dy| of the last block", fontsize=9)
     caption = "Norm of the gradient at the input of each block at initialisation, over that at the output of the last."
     return Plot("gradient-flow-blocks", figure, caption)

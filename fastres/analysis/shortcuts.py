@@ -36,7 +36,7 @@ OPTIONS = {
 def shortcuts(
     *,
     depth: int = 32,
-    epochs: int = 3,
+    epochs: int = 6,
     batch: int = 32,
     lr: float = 0.02,
     seeds: tuple[int, ...] = (0,),
