@@ -241,7 +241,8 @@ def blocks(
     while the other waits. Fewer columns where there are no more, fewer rows where there would not be a program for each
     multiprocessor. A batch norm before the product takes registers too: half the depth, and four steps; three where it
     is the gradient of one, which reads two activations. fp32 takes half the depth, for the same bytes, and 64 columns;
-    where it is not TF32, products are not made by matrix units, and 64 rows leave them enough registers.
+    where it is not TF32, products are not made by matrix units, and 64 rows leave them enough registers. A batch
+    norm before several taps in fp32 takes one step at a time, or it spills.
     """
     wide = x.element_size() == 4
     exact = wide and precision() == "ieee"
@@ -256,7 +257,7 @@ def blocks(
         "BLOCK_COLUMNS": block_columns,
         "BLOCK_DEPTH": block_depth,
         "num_warps": 8 if block_rows * block_columns >= (4096 if exact else 8192) else 4,
-        "num_stages": 4 if norm and not wide else 3,
+        "num_stages": 1 if wide and norm and taps > 1 else 4 if norm and not wide else 3,
     }
 
 

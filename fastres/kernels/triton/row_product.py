@@ -117,12 +117,15 @@ def sum_kernel(partial, out, splits, size, BLOCK_SPLITS: tl.constexpr, BLOCK: tl
     tl.store(out + place, tl.sum(total, axis=0).to(out.dtype.element_ty), place < size)
 
 
-def blocks(x: Tensor, columns: int, depth: int, sums: bool, norm: bool, behind: bool = False) -> dict[str, Any]:
+def blocks(
+    x: Tensor, columns: int, depth: int, sums: bool, norm: bool, behind: bool = False, gathered: bool = False
+) -> dict[str, Any]:
     """The tile of a program: its results columns x depth, and rows at a step; otherwise as of product.blocks.
 
     Column sums are kept for each row of a step: where the tile is large, there is room for those of 32 rows. A
     batch norm before the product spills on Blackwell with 64 rows of a small tile. The gradient of one, for which two
-    activations are read, takes half of the rows and of the warps too.
+    activations are read, takes half of the rows and of the warps too; in fp32, with rows that are gathered, one step at
+    a time: copies of several on their way would be of 4 bytes each.
     """
     wide = x.element_size() == 4
     exact, most = wide and precision() == "ieee", 64 if wide else 128
@@ -135,7 +138,7 @@ def blocks(x: Tensor, columns: int, depth: int, sums: bool, norm: bool, behind: 
         "BLOCK_COLUMNS": block_columns,
         "BLOCK_DEPTH": block_depth,
         "num_warps": 8 if many else 4,
-        "num_stages": 4 if half and not behind else 3,
+        "num_stages": 1 if wide and behind and gathered and not norm else 4 if half and not behind else 3,
     }
 
 
@@ -189,7 +192,7 @@ def row_product(
         centre: fp32 [depth]: a - centre stands for a, which must be fp32.
     """
     rows = g.numel() // columns
-    how = {"sums": sums, "norm": norm is not None, "behind": behind is not None}
+    how = {"sums": sums, "norm": norm is not None, "behind": behind is not None, "gathered": gather is not None}
 
     def key() -> str:
         words = f"row product: 2^{rows.bit_length() - 1} rows, {columns} columns, {depth} deep"
