@@ -153,8 +153,8 @@ def _plan(conv: nn.Conv2d, x: Tensor) -> tuple[Any, ...] | None:
     where = geometry(conv)
     if not packs(x):
         order = reference.conv_format(x, conv.weight)
-        weight = conv.weight.to(x.dtype)
-        served = all(table.fused_kernel_serves("conv_bias_act", (x, weight, None, None, *where, r)) for r in (0, 1))
+        calls = [(x, conv.weight, None, None, *where, relu) for relu in (False, True)]
+        served = all(table.fused_kernel_serves("conv_bias_act", call) for call in calls)
         return (_plain, "", order, x.dtype) if served else None
     for kernel in table.kernels("conv_bias_act", "cpu"):
         if kernel.unavailable() is None and kernel.why_not(x, conv.weight, None, None, *where) is None:

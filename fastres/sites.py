@@ -224,7 +224,7 @@ def stem(block: nn.Module, x: Tensor, conv: Any, bn: Any, relu: Any, maxpool: An
     """maxpool(relu(bn(conv(x)))) of `block` in one pass, in inference and where that is legal and a kernel has it; else
     None."""
     children = {"conv": conv, "bn": bn, "relu": relu, "maxpool": maxpool}
-    if _input_blocked(x) or _children_blocked(x, children) or bn.training:
+    if _input_blocked(x) or _children_blocked(x, children) or bn.training or not folding.packs(x):
         return None
     if torch.is_grad_enabled() and wants_gradient(conv, bn, x, None):
         return None

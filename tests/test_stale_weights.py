@@ -265,7 +265,7 @@ def as_on_a_gpu(monkeypatch):
     """Weights are kept folded but not packed, and without a fingerprint."""
     monkeypatch.setattr(folding, "packs", lambda x: False)
     monkeypatch.setattr(folding, "serves", lambda x: True)
-    monkeypatch.setattr(sites, "chain_of_blocks", None)  # blocks alone: replaying is for CPUs
+    monkeypatch.setattr(sites, "chain_of_blocks", lambda owner, parts, forwards, x, forward: forward(x))  # no replay
 
 
 def scaled(block):
@@ -328,3 +328,16 @@ def test_weights_that_are_not_finite_are_not_kept_plain(as_on_a_gpu):
     fastres.fuse_(fused)
     infer(fused, image())
     assert kept(fused.conv1).run is None and kept(fused.conv2).run is not None
+
+
+def test_every_weight_is_folded_once_and_kept_plain(as_on_a_gpu, monkeypatch):
+    """Of the stem too, whose convolution and batch norm are apart there."""
+    folded = []
+    pack = folding._pack
+    monkeypatch.setattr(folding, "_pack", lambda conv, *rest: folded.append(conv) or pack(conv, *rest))
+    eager, x = network(), image(3, size=32)
+    fused = copy.deepcopy(eager)
+    fastres.fuse_(fused)
+    for _ in range(3):
+        torch.testing.assert_close(infer(fused, x), infer(eager, x), rtol=1e-4, atol=1e-4)
+    assert len(folded) == len(set(folded)) == sum(type(m) is nn.Conv2d for m in fused.modules())

@@ -41,7 +41,9 @@ class _Cast(torch.autograd.Function):
 def together(weights: list[Tensor], x: Tensor) -> Iterator[None]:
     """Inside the `with` block `cast` gives copies that are made at its start, if autocast is on for the device of x."""
     dtype = registration.autocast_dtype(x)
-    found = [w for w in weights if w.device == x.device and w.dtype is torch.float32 is not dtype]
+    found = [
+        w for w in weights if w.device == x.device and w.dtype is torch.float32 is not dtype and not w.is_inference()
+    ]
     before, copies = _thread.copies, {}
     if found and registration.autocast_enabled(x.device.type):
         with torch.no_grad():
