@@ -18,7 +18,7 @@ PACKAGE = Path(fastres.__file__).parent
 
 #: Lowest first. A module may import from its own layer and from those below.
 LAYERS = (
-    ("errors", "config", "layout", "reference", "reference_join", "synchronised_reference"),
+    ("errors", "error_notes", "config", "layout", "reference", "reference_join", "synchronised_reference"),
     ("kernels",),
     ("ops",),
     ("arguments", "memory"),

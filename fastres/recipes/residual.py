@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastres import sites
+from fastres import error_notes, sites
 from fastres.batch_norm import BatchNorm
 from fastres.models.blocks import ZeroPadShortcut
 from fastres.recipes import projection
@@ -25,6 +25,12 @@ class FusedModule:
     fused_children: ClassVar[tuple[str, ...]]
     optional_children: ClassVar[frozenset[str]] = frozenset()
     adds: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lets the errors of a forward name the module."""
+        super().__init_subclass__(**kwargs)
+        if method := cls.__dict__.get(cls.forward_method):
+            setattr(cls, cls.forward_method, error_notes.named(method))
 
     @classmethod
     def unfused_class(cls) -> type[nn.Module]:
