@@ -101,6 +101,21 @@ def test_wheel(tree):
     assert b"fastres = fastres.cli:main" in entry_points
 
 
+def test_pure_wheel(tree):
+    """For every platform, with the reason in it."""
+    setup(tree, "bdist_wheel", FASTRES_BUILD_EXT="0")
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert re.fullmatch(r"fastres-[\d.]+-py3-none-any\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert not [name for name in names if name.endswith(".so") or ".data/" in name]
+        assert (
+            json.loads(archive.read("fastres/_build_info.json"))["error"]
+            == "fastres was built with FASTRES_BUILD_EXT=0"
+        )
+    assert {"fastres/py.typed", "fastres/cli.py"} <= set(names)
+
+
 def test_source_distribution_can_be_compiled(tree):
     setup(tree, "sdist", "--formats=zip")
     (archive,) = (tree / "dist").glob("*.zip")

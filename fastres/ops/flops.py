@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch.utils import flop_counter
 
-from fastres.kernels import extension
-
 
 def _pair_output(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
     sizes = zip(x[2:], weight[2:], stride, padding, dilation, strict=True)
@@ -61,51 +59,55 @@ def _conv1x1_bn_act_backward(grad_y: Any, x: Any, conv_weight: Any, *args: Any, 
     return (bool(need_x) + bool(need_conv_weight)) * _forward(x, conv_weight, _ONE, (0, 0), _ONE)
 
 
-def _register_compiled() -> None:
-    """Formulas of the compiled ops that are called by themselves. A convolution answers with an empty tensor where it
-    does not serve: then ATen's is called, and counted."""
+def _compiled(*names: str) -> Any:
+    """Registers a formula for compiled ops, which are called by themselves, where there are such. A convolution answers
+    with an empty tensor where it does not serve: then ATen's is called, and counted."""
     ops = torch.ops.fastres_cpu
-
-    @flop_counter.register_flop_formula(ops.conv)
-    def _conv(
-        x: Any, packed: Any, weight: Any, bias: Any, residual: Any, stride: Any, padding: Any, dilation: Any,
-        *args: Any, **kw: Any
-    ) -> int:  # fmt: skip
-        return _forward(x, weight, stride, padding, dilation)
-
-    @flop_counter.register_flop_formula([ops.conv_with_statistics, ops.conv_maxpool])
-    def _conv_with_more(
-        x: Any, packed: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, *args: Any, **kw: Any
-    ) -> int:
-        return _forward(x, weight, stride, padding, dilation)
-
-    @flop_counter.register_flop_formula(ops.conv_backward_input)
-    def _conv_backward_input(
-        grad_y: Any, weight: Any, x: Any, stride: Any, padding: Any, dilation: Any, *args: Any, out_shape: Any, **_: Any
-    ) -> int:
-        return _forward(x, weight, stride, padding, dilation) if len(out_shape) == 4 else 0
-
-    @flop_counter.register_flop_formula(ops.conv_backward_weight)
-    def _conv_backward_weight(
-        grad_y: Any, x: Any, weight: Any, stride: Any, padding: Any, dilation: Any, *args: Any, out_shape: Any, **_: Any
-    ) -> int:
-        return _forward(x, weight, stride, padding, dilation) if len(out_shape) == 4 else 0
-
-    @flop_counter.register_flop_formula(ops.conv1x1_backward_reduce)
-    def _conv1x1_backward_reduce(grad_y: Any, x: Any, *args: Any, **kw: Any) -> int:
-        """The product of the gradient of the weight."""
-        return _forward(x, (grad_y[1], x[1], 1, 1), _ONE, (0, 0), _ONE)
-
-    @flop_counter.register_flop_formula(ops.conv1x1_backward_apply)
-    def _conv1x1_backward_apply(grad_y: Any, x: Any, *args: Any, **kw: Any) -> int:
-        """The product of the gradient of x."""
-        need_x = args[-2]
-        return bool(need_x) * _forward(x, (grad_y[1], x[1], 1, 1), _ONE, (0, 0), _ONE)
-
-    @flop_counter.register_flop_formula(ops.classify)
-    def _classify(x: Any, weight: Any, *args: Any, **kw: Any) -> int:
-        return flop_counter.mm_flop((x[0], x[1]), (weight[1], weight[0]))
+    return flop_counter.register_flop_formula([getattr(ops, name) for name in names if hasattr(ops, name)])
 
 
-if extension.available():
-    _register_compiled()
+@_compiled("conv")
+def _conv(
+    x: Any, packed: Any, weight: Any, bias: Any, residual: Any, stride: Any, padding: Any, dilation: Any,
+    *args: Any, **kw: Any
+) -> int:  # fmt: skip
+    return _forward(x, weight, stride, padding, dilation)
+
+
+@_compiled("conv_with_statistics", "conv_maxpool")
+def _conv_with_more(
+    x: Any, packed: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, *args: Any, **kw: Any
+) -> int:
+    return _forward(x, weight, stride, padding, dilation)
+
+
+@_compiled("conv_backward_input")
+def _conv_backward_input(
+    grad_y: Any, weight: Any, x: Any, stride: Any, padding: Any, dilation: Any, *args: Any, out_shape: Any, **_: Any
+) -> int:
+    return _forward(x, weight, stride, padding, dilation) if len(out_shape) == 4 else 0
+
+
+@_compiled("conv_backward_weight")
+def _conv_backward_weight(
+    grad_y: Any, x: Any, weight: Any, stride: Any, padding: Any, dilation: Any, *args: Any, out_shape: Any, **_: Any
+) -> int:
+    return _forward(x, weight, stride, padding, dilation) if len(out_shape) == 4 else 0
+
+
+@_compiled("conv1x1_backward_reduce")
+def _conv1x1_backward_reduce(grad_y: Any, x: Any, *args: Any, **kw: Any) -> int:
+    """The product of the gradient of the weight."""
+    return _forward(x, (grad_y[1], x[1], 1, 1), _ONE, (0, 0), _ONE)
+
+
+@_compiled("conv1x1_backward_apply")
+def _conv1x1_backward_apply(grad_y: Any, x: Any, *args: Any, **kw: Any) -> int:
+    """The product of the gradient of x."""
+    need_x = args[-2]
+    return bool(need_x) * _forward(x, (grad_y[1], x[1], 1, 1), _ONE, (0, 0), _ONE)
+
+
+@_compiled("classify")
+def _classify(x: Any, weight: Any, *args: Any, **kw: Any) -> int:
+    return flop_counter.mm_flop((x[0], x[1]), (weight[1], weight[0]))
