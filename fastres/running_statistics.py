@@ -78,9 +78,7 @@ def tracks(bn: Any) -> bool:
 
 def hooked(module: nn.Module) -> bool:
     """Whether a call of `module` does more than its forward: hooks are on it, other than those of `statistics_once`."""
-    if not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    ):
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
         return False
     found = (hook for hooks in _HOOKS for hook in getattr(module, hooks).values())
     return any(hook is not _keep and hook is not _put_back for hook in found)
