@@ -17,6 +17,7 @@ from fastres.graphs import graphed
 from fastres.kernels.table import use_kernels
 from fastres.memory import cached_bytes, empty_cache
 from fastres.report import ExplainReport, FuseReport
+from fastres.running_statistics import snapshot_statistics, statistics_once
 from fastres.verify import verify
 
 __version__ = "0.1.0"
@@ -36,6 +37,8 @@ __all__ = [
     "nn",
     "packed_bytes",
     "refresh_",
+    "snapshot_statistics",
+    "statistics_once",
     "unfuse_",
     "use_kernels",
     "verify",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import arguments, functional
+from fastres import arguments, functional, running_statistics
 from fastres.ops import update_running_stats
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
@@ -105,8 +105,9 @@ def options(bn: BatchNorm) -> dict[str, Any]:
     """Counts the batch, as its forward, and returns what fastres.functional's batch norms take of it: whether batch
     statistics are used, and of which processes; the momentum, or the counter in its place; eps."""
     counter = bn.num_batches_tracked
-    cumulative = bn.momentum is None and bn.training and bn.track_running_stats
-    if bn.training and bn.track_running_stats and counter is not None:
+    tracks = running_statistics.tracks(bn)
+    cumulative = bn.momentum is None and tracks
+    if tracks and counter is not None:
         if cumulative:  # it is read by this call
             counter.add_(1)
         else:
@@ -122,6 +123,6 @@ def options(bn: BatchNorm) -> dict[str, Any]:
 
 def running(bn: BatchNorm) -> tuple[Tensor | None, Tensor | None]:
     """The running statistics that a call uses or writes."""
-    if bn.training and not bn.track_running_stats:
+    if bn.training and not running_statistics.tracks(bn):
         return None, None
     return bn.running_mean, bn.running_var

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import arguments, batch_norm, config, folding, functional, ops, replay
+from fastres import arguments, batch_norm, config, folding, functional, ops, replay, running_statistics
 from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution as convolution_kernel
 from fastres.kernels import extension, program, table
@@ -92,7 +92,7 @@ def together(network: nn.Module, x: Any) -> AbstractContextManager[None]:
     if not table.fused_kernel_serves("update_all_running_stats_", ([x],)):
         return nullcontext()
     modules = list(network.modules())
-    if any(_GLOBAL_HOOKS) or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+    if any(_GLOBAL_HOOKS) or any(map(running_statistics.hooked, modules)):
         return nullcontext()  # a hook may look at running statistics
     return _together([m for m in modules if type(m) is nn.Conv2d], x)
 
@@ -156,7 +156,7 @@ def child_blocked(role: str, child: nn.Module) -> str | None:
         return f"{role} is a {kind.__name__}, not a plain {next(iter(forwards)).__name__}"
     if kind.forward is not forwards[kind]:
         return f"{kind.__name__}.forward was replaced"
-    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+    if running_statistics.hooked(child):
         return f"hooks on {role}"
     if "forward" in child.__dict__:
         return f"{role} has its own forward"

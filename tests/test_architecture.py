@@ -21,7 +21,7 @@ LAYERS = (
     ("errors", "error_notes", "config", "layout", "reference", "reference_join", "synchronised_reference"),
     ("kernels",),
     ("ops",),
-    ("arguments", "memory"),
+    ("arguments", "memory", "running_statistics"),
     ("functional",),
     ("replay", "batch_norm"),
     ("folding",),

@@ -40,6 +40,13 @@ class FusedModule:
     def _get_name(self) -> str:
         return self.unfused_class().__name__  # repr shows the model as the user wrote it
 
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script asks for it before it compiles a module."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}, which fastres.fuse_ swapped in for "
+            f"{self._get_name()}: script inside `with fastres.disabled(model):`, or trace"
+        )
+
 
 def shortcut_of(block: Any, x: Tensor, found: projection.Projection | None = None) -> Any:
     """downsample(x), fused where it is a plain convolution or the projection `found`; x where there is none."""
