@@ -10,6 +10,7 @@ fastres.verify the proof.
 
 from fastres import config, functional, models, nn
 from fastres import ops as _ops  # noqa: F401  registers torch.ops.fastres
+from fastres.decisions import TuneReport
 from fastres.explain import explain
 from fastres.folding import packed_bytes
 from fastres.fuse import disabled, fuse_, refresh_, unfuse_
@@ -17,6 +18,7 @@ from fastres.graphs import graphed
 from fastres.kernels.table import use_kernels
 from fastres.memory import cached_bytes, empty_cache
 from fastres.report import ExplainReport, FuseReport
+from fastres.tune import load_tuning_, tune_
 from fastres.verify import verify
 
 __version__ = "0.1.0"
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ExplainReport",
     "FuseReport",
+    "TuneReport",
     "cached_bytes",
     "config",
     "disabled",
@@ -32,10 +35,12 @@ __all__ = [
     "functional",
     "fuse_",
     "graphed",
+    "load_tuning_",
     "models",
     "nn",
     "packed_bytes",
     "refresh_",
+    "tune_",
     "unfuse_",
     "use_kernels",
     "verify",

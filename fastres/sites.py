@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import arguments, batch_norm, config, folding, functional, ops, replay
+from fastres import arguments, batch_norm, config, folding, functional, ops, replay, switches
 from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution as convolution_kernel
 from fastres.kernels import extension, program, table
@@ -54,10 +54,18 @@ def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.
         children: the modules the fast path would not call, under the names of their roles: conv, bn, relu or maxpool,
             with or without a number.
     """
-    reason = reason or _input_blocked(x) or _children_blocked(x, children)
+    reason = reason or _input_blocked(x) or switches.reason(block, x) or _children_blocked(x, children)
     if _listener is not None:
         _listener(block, reason)
     return reason
+
+
+def switched_off(network: nn.Module, x: Any) -> bool:
+    """Whether the stem of `network` is not to run fused on `x`, an image, although it could."""
+    reason = None if _input_blocked(x) else switches.reason(network, x)
+    if reason is not None and _listener is not None:
+        _listener(network, reason)
+    return reason is not None
 
 
 def chain_of_blocks(
@@ -80,7 +88,7 @@ def chain_of_blocks(
     ):
         return forward(x)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    inputs = (x.shape, x.dtype, channels_last, config.winograd, table.setting())
+    inputs = (x.shape, x.dtype, channels_last, config.winograd, table.setting(), switches.epoch())
     return replay.chain_of_blocks(owner, parts, forwards, x, inputs, forward)
 
 
@@ -189,33 +197,17 @@ def bn_act(bn: BatchNorm, x: Tensor, *, act: str, residual: Tensor | None = None
     """act(bn(x) + residual) with the module's attributes as they are now. recompute: as in fastres.functional."""
     if residual is not None and not _fits(residual, x.shape, x):
         return _add_separately(bn_act(bn, x, act="identity"), residual, act)
-    y = functional.bn_act(
-        x,
-        *batch_norm.running(bn),
-        bn.weight,
-        bn.bias,
-        residual,
-        act=act,
-        **batch_norm.options(bn),
-        recompute=recompute,
-    )
+    running, options = batch_norm.running(bn), batch_norm.options(bn)
+    y = functional.bn_act(x, *running, bn.weight, bn.bias, residual, act=act, **options, recompute=recompute)
     replay.note(lambda x, residual, relu: bn_act(bn, x, act=act, residual=residual), x, residual, act == "relu", y)
     return y
 
 
 def bn_act_maxpool(bn: BatchNorm, pool: Any, x: Tensor, *, act: str) -> Tensor:
     """pool(act(bn(x))) with the modules' attributes as they are now."""
-    y = functional.bn_act_maxpool(
-        x,
-        *batch_norm.running(bn),
-        bn.weight,
-        bn.bias,
-        act=act,
-        **batch_norm.options(bn),
-        kernel_size=pool.kernel_size,
-        stride=pool.stride,
-        padding=pool.padding,
-    )
+    window = {"kernel_size": pool.kernel_size, "stride": pool.stride, "padding": pool.padding}
+    running, options = batch_norm.running(bn), batch_norm.options(bn)
+    y = functional.bn_act_maxpool(x, *running, bn.weight, bn.bias, act=act, **options, **window)
     replay.note(lambda x, residual, relu: bn_act_maxpool(bn, pool, x, act=act), x, None, act == "relu", y)
     return y
 

@@ -23,13 +23,13 @@ LAYERS = (
     ("ops",),
     ("arguments", "memory"),
     ("functional",),
-    ("replay", "batch_norm"),
+    ("replay", "batch_norm", "switches"),
     ("folding",),
     ("graphs", "report", "sites"),
-    ("nn", "recipes", "models", "fuse", "explain", "summary", "images", "testing"),
-    ("verify", "bench", "doctor", "train"),
+    ("nn", "recipes", "models", "fuse", "explain", "summary", "images", "testing", "aside", "decisions"),
+    ("verify", "bench", "doctor", "train", "tune", "canary"),
     ("analysis", "transfer"),
-    ("cli", "cli_models", "__main__", "__init__"),
+    ("cli", "cli_models", "cli_tune", "__main__", "__init__"),
 )
 #: Imported when a function runs, not when its module is loaded, so no cycle: a model fuses itself.
 LATE = {("models", "fuse")}

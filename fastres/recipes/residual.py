@@ -174,6 +174,8 @@ class StemForward(FusedModule):
 
     def _stem(self: Any, x: Tensor) -> Tensor:
         conv, bn, relu, maxpool = self.conv1, self.bn1, self.relu, self.maxpool
+        if sites.switched_off(self, x):
+            return maxpool(relu(bn(conv(x))))
         y = sites.stem(self, x, conv, bn, relu, maxpool)
         if y is not None:
             return y
