@@ -10,6 +10,7 @@ fastres.verify the proof.
 
 from fastres import config, functional, models, nn
 from fastres import ops as _ops  # noqa: F401  registers torch.ops.fastres
+from fastres.canary import CanaryError, CanaryWarning, canary
 from fastres.decisions import TuneReport
 from fastres.explain import explain
 from fastres.folding import packed_bytes
@@ -24,10 +25,13 @@ from fastres.verify import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "CanaryError",
+    "CanaryWarning",
     "ExplainReport",
     "FuseReport",
     "TuneReport",
     "cached_bytes",
+    "canary",
     "config",
     "disabled",
     "empty_cache",

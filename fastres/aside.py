@@ -1,5 +1,5 @@
-"""A module once more, to run it aside: the values of its weights, buffers of its own. Nothing that the copy does shows in
-the original: statistics, gradients, hooks, training flags."""
+"""A module once more, to run it aside: the values of its weights, buffers of its own. Nothing that the copy does shows
+in the original: statistics, gradients, hooks, training flags."""
 
 from __future__ import annotations
 

@@ -60,14 +60,6 @@ def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.
     return reason
 
 
-def switched_off(network: nn.Module, x: Any) -> bool:
-    """Whether the stem of `network` is not to run fused on `x`, an image, although it could."""
-    reason = None if _input_blocked(x) else switches.reason(network, x)
-    if reason is not None and _listener is not None:
-        _listener(network, reason)
-    return reason is not None
-
-
 def chain_of_blocks(
     owner: nn.Module, parts: tuple[str, ...], forwards: tuple[Any, ...], x: Tensor, forward: Callable[[Tensor], Tensor]
 ) -> Tensor:
@@ -100,7 +92,7 @@ def together(network: nn.Module, x: Any) -> AbstractContextManager[None]:
     if not table.fused_kernel_serves("update_all_running_stats_", ([x],)):
         return nullcontext()
     modules = list(network.modules())
-    if any(_GLOBAL_HOOKS) or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+    if any(_GLOBAL_HOOKS) or any(switches.hooks_that_look(m) for m in modules):
         return nullcontext()  # a hook may look at running statistics
     return _together([m for m in modules if type(m) is nn.Conv2d], x)
 
@@ -197,17 +189,33 @@ def bn_act(bn: BatchNorm, x: Tensor, *, act: str, residual: Tensor | None = None
     """act(bn(x) + residual) with the module's attributes as they are now. recompute: as in fastres.functional."""
     if residual is not None and not _fits(residual, x.shape, x):
         return _add_separately(bn_act(bn, x, act="identity"), residual, act)
-    running, options = batch_norm.running(bn), batch_norm.options(bn)
-    y = functional.bn_act(x, *running, bn.weight, bn.bias, residual, act=act, **options, recompute=recompute)
+    y = functional.bn_act(
+        x,
+        *batch_norm.running(bn),
+        bn.weight,
+        bn.bias,
+        residual,
+        act=act,
+        **batch_norm.options(bn),
+        recompute=recompute,
+    )
     replay.note(lambda x, residual, relu: bn_act(bn, x, act=act, residual=residual), x, residual, act == "relu", y)
     return y
 
 
 def bn_act_maxpool(bn: BatchNorm, pool: Any, x: Tensor, *, act: str) -> Tensor:
     """pool(act(bn(x))) with the modules' attributes as they are now."""
-    window = {"kernel_size": pool.kernel_size, "stride": pool.stride, "padding": pool.padding}
-    running, options = batch_norm.running(bn), batch_norm.options(bn)
-    y = functional.bn_act_maxpool(x, *running, bn.weight, bn.bias, act=act, **options, **window)
+    y = functional.bn_act_maxpool(
+        x,
+        *batch_norm.running(bn),
+        bn.weight,
+        bn.bias,
+        act=act,
+        **batch_norm.options(bn),
+        kernel_size=pool.kernel_size,
+        stride=pool.stride,
+        padding=pool.padding,
+    )
     replay.note(lambda x, residual, relu: bn_act_maxpool(bn, pool, x, act=act), x, None, act == "relu", y)
     return y
 

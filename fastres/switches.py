@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,17 +51,17 @@ _decisions: WeakKeyDictionary[nn.Module, dict[Kind, Decision]] = WeakKeyDictiona
 _epoch = 0
 
 
-def kind_of(block: nn.Module, x: Tensor) -> Kind | None:
+def kind_of(block: nn.Module, x: Any) -> Kind | None:
     """The kind of the call block(x) now; None for evaluation with gradients and training without, which are not
     tuned."""
-    if block.training != torch.is_grad_enabled():
+    if block.training != torch.is_grad_enabled() or not isinstance(x, Tensor) or x.dim() != 4:
         return None
     dtype = str(registration.autocast_dtype(x)).removeprefix("torch.")
     order = "channels_last" if layout.is_channels_last(x) else "contiguous"
     return Kind("train" if block.training else "eval", tuple(x.shape), dtype, order)
 
 
-def reason(block: nn.Module, x: Tensor) -> str | None:
+def reason(block: nn.Module, x: Any) -> str | None:
     """Why `block` is to run its original forward on `x`, or None.
 
     A decision holds for its kind of calls. Where a shape was not measured, that of the nearest number of values with
@@ -79,15 +79,15 @@ def reason(block: nn.Module, x: Tensor) -> str | None:
 
 
 def _nearest(known: dict[Kind, Decision], kind: Kind) -> Decision | None:
-    alike = [
-        other
-        for other in known
-        if other._replace(shape=kind.shape) == kind and other.shape[1] == kind.shape[1] and math.prod(other.shape)
-    ]
-    size = math.prod(kind.shape)
+    alike = [k for k in known if k._replace(shape=kind.shape) == kind and k.shape[1] == kind.shape[1]]
+    size = _values(kind)
     if not alike or not size:
         return None
-    return known[min(alike, key=lambda other: abs(math.log(math.prod(other.shape) / size)))]
+    return known[min(alike, key=lambda other: abs(math.log(_values(other) / size)))]
+
+
+def _values(kind: Kind) -> int:
+    return torch.Size(kind.shape).numel()
 
 
 def decide(block: nn.Module, kind: Kind, decision: Decision) -> None:
@@ -105,6 +105,12 @@ def turn_off(block: nn.Module, why: str) -> None:
     """From now on `block` and its copies run the original forward, whatever the input."""
     block.__dict__[_OFF] = why
     _changed()
+
+
+def hooks_that_look(module: nn.Module) -> bool:
+    """Whether `module` has forward hooks other than those that a canary has on a whole model."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not getattr(hook, "looks_at_nothing", False) for hook in hooks)
 
 
 def forget(model: nn.Module) -> None:

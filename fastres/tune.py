@@ -143,13 +143,12 @@ _Call = tuple[tuple[Any, ...], dict[str, Any], Kind]
 
 def _calls(copy: nn.Module, args: tuple[Any, ...], training: bool) -> dict[str, _Call]:
     """The first call of every block that runs fused in copy(*args)."""
-    names = {module: name for name, module in copy.named_modules() if isinstance(module, FusedModule)}
+    names = {module: name for name, module in copy.named_modules() if issubclass(type(module), FusedModule)}
     reasons: dict[nn.Module, str | None] = {}
     calls: dict[str, _Call] = {}
 
     def note(block: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        x = next(aside.tensors_in((inputs, keywords)), None)
-        kind = None if x is None or x.dim() != 4 else switches.kind_of(block, x)
+        kind = switches.kind_of(block, next(aside.tensors_in((inputs, keywords)), None))
         if kind is not None and names[block] not in calls:
             calls[names[block]] = (_detached(inputs), _detached(keywords), kind)
 
