@@ -43,7 +43,8 @@ def state_kept(model: nn.Module) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for buffer, values in before.items():
-                    buffer.copy_(values)
+                    if not torch.equal(buffer, values):  # a write that changes nothing would make folded weights old
+                        buffer.copy_(values)
 
 
 def _ran(row: Row, owner: nn.Module | None, outcome: dict[nn.Module, str | None], device_type: str) -> Row:

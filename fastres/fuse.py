@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastres import batch_norm, folding, replay, sites
+from fastres import batch_norm, folding, replay, sites, switches
 from fastres.recipes import fused_class
 from fastres.recipes.residual import FusedModule
 from fastres.report import FuseReport, Row
@@ -56,14 +56,20 @@ def fuse_(model: nn.Module) -> FuseReport:
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """Gives every swapped block of `model` its own class back and drops folded weights. Returns `model`."""
+    """Gives every swapped block of `model` its own class back and drops folded weights and what tune_ or a canary
+    decided. Returns `model`."""
+    _swap_back(model)
+    switches.forget(model)
+    return model
+
+
+def _swap_back(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FusedModule):
             original: Any = module.unfused_class()
             module.__class__ = original
     folding.forget(model)
     replay.forget(model)
-    return model
 
 
 def refresh_(model: nn.Module) -> nn.Module:
@@ -80,7 +86,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the `with` block every module of `model` runs its original forward (for torch.jit, ONNX export,
     comparisons)."""
     swapped = [(module, type(module)) for module in model.modules() if isinstance(module, FusedModule)]
-    unfuse_(model)
+    _swap_back(model)
     try:
         yield model
     finally:

@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastres import hooks
+
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 #: The buffers of layers that run once more just now, with copies in their places.
 _kept: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
@@ -76,14 +77,6 @@ def tracks(bn: Any) -> bool:
     return bn.training and bn.track_running_stats and not (bn._forward_pre_hooks and _once(bn) and _again())
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether a call of `module` does more than its forward: hooks are on it, other than those of `statistics_once`."""
-    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
-        return False
-    found = (hook for hooks in _HOOKS for hook in getattr(module, hooks).values())
-    return any(hook is not _keep and hook is not _put_back for hook in found)
-
-
 def _once(bn: nn.Module) -> bool:
     return any(hook is _keep for hook in bn._forward_pre_hooks.values())
 
@@ -93,6 +86,7 @@ def _again() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+@hooks.harmless
 def _keep(module: nn.Module, args: Any) -> None:
     """Lets a forward of its own write to copies. They are there to be saved for backward, as the buffers were in the
     first forward: non-reentrant checkpointing counts what is saved."""
@@ -103,6 +97,7 @@ def _keep(module: nn.Module, args: Any) -> None:
     module._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})
 
 
+@hooks.harmless
 def _put_back(module: nn.Module, args: Any, output: Any) -> None:
     if module in _kept:
         module._buffers.update(_kept.pop(module))

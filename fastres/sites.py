@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import arguments, batch_norm, config, folding, functional, ops, replay, running_statistics
+from fastres import arguments, batch_norm, config, folding, functional, hooks, ops, replay, switches
 from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution as convolution_kernel
 from fastres.kernels import extension, program, table
@@ -54,7 +54,7 @@ def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.
         children: the modules the fast path would not call, under the names of their roles: conv, bn, relu or maxpool,
             with or without a number.
     """
-    reason = reason or _input_blocked(x) or _children_blocked(x, children)
+    reason = reason or _input_blocked(x) or switches.reason(block, x) or _children_blocked(x, children)
     if _listener is not None:
         _listener(block, reason)
     return reason
@@ -80,7 +80,7 @@ def chain_of_blocks(
     ):
         return forward(x)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    inputs = (x.shape, x.dtype, channels_last, config.winograd, table.setting())
+    inputs = (x.shape, x.dtype, channels_last, config.winograd, table.setting(), switches.epoch())
     return replay.chain_of_blocks(owner, parts, forwards, x, inputs, forward)
 
 
@@ -92,7 +92,7 @@ def together(network: nn.Module, x: Any) -> AbstractContextManager[None]:
     if not table.fused_kernel_serves("update_all_running_stats_", ([x],)):
         return nullcontext()
     modules = list(network.modules())
-    if any(_GLOBAL_HOOKS) or any(map(running_statistics.hooked, modules)):
+    if any(_GLOBAL_HOOKS) or any(map(hooks.hooked, modules)):
         return nullcontext()  # a hook may look at running statistics
     return _together([m for m in modules if type(m) is nn.Conv2d], x)
 
@@ -156,7 +156,7 @@ def child_blocked(role: str, child: nn.Module) -> str | None:
         return f"{role} is a {kind.__name__}, not a plain {next(iter(forwards)).__name__}"
     if kind.forward is not forwards[kind]:
         return f"{kind.__name__}.forward was replaced"
-    if running_statistics.hooked(child):
+    if hooks.hooked(child):
         return f"hooks on {role}"
     if "forward" in child.__dict__:
         return f"{role} has its own forward"
