@@ -10,13 +10,13 @@ fastres.verify the proof.
 
 from fastres import config, functional, models, nn
 from fastres import ops as _ops  # noqa: F401  registers torch.ops.fastres
-from fastres.explain import explain
+from fastres.explain import ExplainReport, explain
 from fastres.folding import packed_bytes
 from fastres.fuse import disabled, fuse_, refresh_, unfuse_
 from fastres.graphs import graphed
 from fastres.kernels.table import use_kernels
 from fastres.memory import cached_bytes, empty_cache
-from fastres.report import ExplainReport, FuseReport
+from fastres.report import FuseReport
 from fastres.verify import verify
 
 __version__ = "0.1.0"

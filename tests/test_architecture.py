@@ -18,7 +18,7 @@ PACKAGE = Path(fastres.__file__).parent
 
 #: Lowest first. A module may import from its own layer and from those below.
 LAYERS = (
-    ("errors", "config", "layout", "reference", "reference_join", "synchronised_reference"),
+    ("errors", "config", "reasons", "observe", "layout", "reference", "reference_join", "synchronised_reference"),
     ("kernels",),
     ("ops",),
     ("arguments", "memory"),
@@ -29,7 +29,7 @@ LAYERS = (
     ("nn", "recipes", "models", "fuse", "explain", "summary", "images", "testing"),
     ("verify", "bench", "doctor", "train"),
     ("analysis", "transfer"),
-    ("cli", "cli_models", "__main__", "__init__"),
+    ("cli", "cli_models", "cli_verify", "__main__", "__init__"),
 )
 #: Imported when a function runs, not when its module is loaded, so no cycle: a model fuses itself.
 LATE = {("models", "fuse")}
