@@ -12,13 +12,13 @@ from fastres import config, functional, models, nn
 from fastres import ops as _ops  # noqa: F401  registers torch.ops.fastres
 from fastres.canary import CanaryError, CanaryWarning, canary
 from fastres.decisions import TuneReport
-from fastres.explain import explain
+from fastres.explain import ExplainReport, explain
 from fastres.folding import packed_bytes
 from fastres.fuse import disabled, fuse_, refresh_, unfuse_
 from fastres.graphs import graphed
 from fastres.kernels.table import use_kernels
 from fastres.memory import cached_bytes, empty_cache
-from fastres.report import ExplainReport, FuseReport
+from fastres.report import FuseReport
 from fastres.running_statistics import snapshot_statistics, statistics_once
 from fastres.tune import load_tuning_, tune_
 from fastres.verify import verify

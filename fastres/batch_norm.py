@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import arguments, functional, running_statistics
+from fastres import arguments, functional, reasons, running_statistics
 from fastres.ops import update_running_stats
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
@@ -62,21 +62,21 @@ def blocked(bn: BatchNorm, x: Tensor) -> str | None:
     """Why fused code may not stand for `bn` with activations like x, or None."""
     weight, bias, mean, var = tensors(bn)
     if (mean is None) != (var is None):
-        return "one of the running statistics is None"
+        return reasons.because("batch-norm", "one of the running statistics is None")
     if bn.eps < 0 or (bn.eps == 0 and (bn.training or mean is None)):
-        return f"eps {bn.eps}"  # eager's own error
+        return reasons.because("batch-norm", f"eps {bn.eps}")  # eager's own error
     if not x.is_cpu and process_group(bn) is not None:
-        return f"fused synchronised batch norm is for CPUs, input on {x.device}"
+        return reasons.because("sync-bn", f"fused synchronised batch norm is for CPUs, input on {x.device}")
     device, dtype = x.device, None
     for t in (weight, bias, mean, var):
         if t is None:
             continue
         if type(t) is not nn.Parameter and type(t) is not Tensor:
-            return f"a batch-norm tensor is a {type(t).__name__}"
+            return reasons.because("tensor", f"a batch-norm tensor is a {type(t).__name__}")
         if t.device != device:
-            return f"input on {device}, batch norm on {t.device}"
+            return reasons.because("device", f"input on {device}, batch norm on {t.device}")
         if t.dtype is not dtype and (dtype is not None or not arguments.may_normalise(x.dtype, t.dtype)):
-            return f"input is {x.dtype}, batch norm {t.dtype}"
+            return reasons.because("dtype", f"input is {x.dtype}, batch norm {t.dtype}")
         dtype = t.dtype
     return None
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastres import config, sites, switches
+from fastres import config, observe, switches
 from fastres.aside import aside, site_alone, tensors_in
 from fastres.kernels import extension
+from fastres.reasons import because
 from fastres.recipes.residual import FusedModule, StemForward
 from fastres.testing import budget, relative_error
 
@@ -183,7 +184,8 @@ class Canary:
         if self._action == "raise":
             raise CanaryError(text, check)
         if self._action == "disable":
-            switches.turn_off(block, f"switched off by a canary: {check.tensor} was {check.error:.1e} off")
+            why = f"switched off by a canary: {check.tensor} was {check.error:.1e} off"
+            switches.turn_off(block, because("canary", why))
             text += "; the block runs its original forward from now on"
         warnings.warn(text, CanaryWarning, stacklevel=4)
 
@@ -237,7 +239,7 @@ class _Watch:
         self._call = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
         self._devices = [t.device for t in tensors_in(self._call) if t.is_cuda][:1]
         self._random = _random_state(self._devices)
-        others = sites._listener
+        others = observe.listener
 
         def note(other: nn.Module, reason: str | None) -> None:
             if other is block and threading.get_ident() == self.thread:
@@ -245,7 +247,7 @@ class _Watch:
             if others is not None:
                 others(other, reason)
 
-        self._ends.enter_context(sites.listening(note))
+        self._ends.enter_context(observe.listening(note))
 
     def after(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Compares, where the block ran fused."""

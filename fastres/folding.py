@@ -40,6 +40,10 @@ class Plain:
     def nbytes(self) -> int:
         return self.weight.nbytes
 
+    @property
+    def kernel(self) -> None:
+        return None
+
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         return ops.conv_bias_act.op(x, self.weight, self.bias, residual, *self.where, relu)
 

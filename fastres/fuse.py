@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fastres import batch_norm, folding, replay, sites, switches
+from fastres.reasons import because
 from fastres.recipes import fused_class
 from fastres.recipes.residual import FusedModule
 from fastres.report import FuseReport, Row
@@ -133,14 +134,15 @@ def kind_of(module: nn.Module) -> str | None:
 def _unlike_recipe(module: nn.Module, new: Any) -> str | None:
     """Why a block of a known class cannot be swapped: it does not run the forward the recipe was written for."""
     if "forward" in module.__dict__:
-        return "the block has its own forward"
+        return because("own-forward", "the block has its own forward")
     method = getattr(type(module), new.forward_method, None)
     code = getattr(method, "__code__", None)
     if code is None or set(code.co_names) != new.forward_names:
-        return f"{type(module).__name__}.{new.forward_method} is not the one the recipe was written for"
+        name = f"{type(module).__name__}.{new.forward_method}"
+        return because("unknown-forward", f"{name} is not the one the recipe was written for")
     children = _taken_over(module, new)
     missing = [name for name, child in children.items() if not isinstance(child, nn.Module)]
-    return f"no child module {missing[0]}" if missing else None
+    return because("missing-child", f"no child module {missing[0]}") if missing else None
 
 
 def _taken_over(block: nn.Module, new: Any) -> dict[str, Any]:
@@ -177,8 +179,8 @@ def _claim(
 
 def _unclaimed(model: nn.Module, name: str) -> str:
     if not name:
-        return "a single module"
+        return because("unknown-block", "a single module")
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, FusedModule) or fused_class(type(parent)):
-        return "runs as it is: its output is what the fused part takes"
-    return f"inside {type(parent).__name__}, which no recipe covers"
+        return because("outside-block", "runs as it is: its output is what the fused part takes")
+    return because("unknown-block", f"inside {type(parent).__name__}, which no recipe covers")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import arguments, batch_norm, config, folding, functional, hooks, ops, replay, switches
+from fastres import arguments, batch_norm, config, folding, functional, hooks, observe, ops, reasons, replay, switches
 from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution as convolution_kernel
 from fastres.kernels import extension, program, table
@@ -31,20 +31,6 @@ _GLOBAL_HOOKS = (
     nn_module._global_backward_pre_hooks,
 )
 
-#: While fastres.explain runs: what a block tells about itself, (block, reason or None).
-_listener: Callable[[nn.Module, str | None], None] | None = None
-
-
-@contextmanager
-def listening(listener: Callable[[nn.Module, str | None], None]) -> Any:
-    """Calls `listener(block, reason)` for every fused block that runs; reason is None on the fast path."""
-    global _listener
-    before, _listener = _listener, listener
-    try:
-        yield
-    finally:
-        _listener = before
-
 
 def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.Module) -> str | None:
     """Why `block` has to run its original forward on `x` now, or None.
@@ -55,8 +41,8 @@ def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.
             with or without a number.
     """
     reason = reason or _input_blocked(x) or switches.reason(block, x) or _children_blocked(x, children)
-    if _listener is not None:
-        _listener(block, reason)
+    if observe.listener is not None:
+        observe.listener(block, reason)
     return reason
 
 
@@ -71,7 +57,7 @@ def chain_of_blocks(
     if (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        or _listener is not None
+        or observe.listener is not None
         or not config.keep_folded_weights
         or _input_blocked(x) is not None
         or not x.is_cpu
@@ -87,7 +73,7 @@ def chain_of_blocks(
 def together(network: nn.Module, x: Any) -> AbstractContextManager[None]:
     """For the forward of a whole network: what each of its layers would launch for itself, casts of weights and updates
     of running statistics, is launched once, where a kernel has that."""
-    if torch.compiler.is_compiling() or not network.training or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or not network.training or type(x) is not Tensor or observe.off:
         return nullcontext()
     if not table.fused_kernel_serves("update_all_running_stats_", ([x],)):
         return nullcontext()
@@ -105,22 +91,25 @@ def _together(convolutions: list[nn.Conv2d], x: Tensor) -> Iterator[None]:
 
 def _input_blocked(x: Any) -> str | None:
     if type(x) is not Tensor and type(x) is not nn.Parameter:
-        return f"input is a {type(x).__name__}, not a plain tensor"
+        return reasons.because("tensor", f"input is a {type(x).__name__}, not a plain tensor")
     if x.layout is not torch.strided or x.is_nested or x.dtype not in _DTYPES:
-        return f"input is {x.layout}, {x.dtype}"
+        plain = x.layout is torch.strided and not x.is_nested
+        return reasons.because("dtype" if plain else "tensor", f"input is {x.layout}, {x.dtype}")
     if x.dim() != 4:
-        return f"input has {x.dim()} dimensions"
+        return reasons.because("shape", f"input has {x.dim()} dimensions")
     if reason := table.no_fused_kernel("bn_act", x.device.type):
-        return reason
+        return reasons.because("no-kernel", reason)
+    if observe.off:
+        return "original forwards were asked for"
     if any(_GLOBAL_HOOKS):
-        return "global module hooks"
+        return reasons.because("hook", "global module hooks")
     if not torch.compiler.is_compiling():
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "inside a torch.func transform"
+            return reasons.because("functorch", "inside a torch.func transform")
         if torch.autograd.forward_ad._current_level >= 0:
-            return "forward-mode differentiation"
+            return reasons.because("forward-ad", "forward-mode differentiation")
         if torch._C._is_tracing():
-            return "torch.jit.trace"
+            return reasons.because("tracing", "torch.jit.trace")
     return None
 
 
@@ -153,35 +142,36 @@ def child_blocked(role: str, child: nn.Module) -> str | None:
     forwards = _ROLES.get(role) or _ROLES[role.rstrip("0123456789")]
     kind = type(child)
     if kind not in forwards:
-        return f"{role} is a {kind.__name__}, not a plain {next(iter(forwards)).__name__}"
+        plain = next(iter(forwards)).__name__
+        return reasons.because("unknown-module", f"{role} is a {kind.__name__}, not a plain {plain}")
     if kind.forward is not forwards[kind]:
-        return f"{kind.__name__}.forward was replaced"
+        return reasons.because("own-forward", f"{kind.__name__}.forward was replaced")
     if hooks.hooked(child):
-        return f"hooks on {role}"
+        return reasons.because("hook", f"hooks on {role}")
     if "forward" in child.__dict__:
-        return f"{role} has its own forward"
+        return reasons.because("own-forward", f"{role} has its own forward")
     if kind is nn.Conv2d and (child.padding_mode != "zeros" or isinstance(child.padding, str)):
-        return f"padding {child.padding!r}, mode {child.padding_mode!r}"
+        return reasons.because("geometry", f"padding {child.padding!r}, mode {child.padding_mode!r}")
     return _max_pool_blocked(child) if kind is nn.MaxPool2d else None
 
 
 def _conv_blocked(conv: nn.Conv2d, x: Tensor, cast: bool) -> str | None:
     weight, _ = folding.conv_tensors(conv)
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return f"convolution weight is a {type(weight).__name__}"
+        return reasons.because("tensor", f"convolution weight is a {type(weight).__name__}")
     if weight.device != x.device:
-        return f"input on {x.device}, weight on {weight.device}"
+        return reasons.because("device", f"input on {x.device}, weight on {weight.device}")
     if weight.dtype is not x.dtype and not cast:
-        return f"input is {x.dtype}, convolution weight {weight.dtype}"
+        return reasons.because("dtype", f"input is {x.dtype}, convolution weight {weight.dtype}")
     return None
 
 
 def _max_pool_blocked(pool: Any) -> str | None:
     sizes = (pool.kernel_size, pool.stride, pool.padding)
     if pool.dilation != 1 or pool.ceil_mode or pool.return_indices or not all(isinstance(s, int) for s in sizes):
-        return "max-pooling with dilation, ceil_mode, indices or uneven windows"
+        return reasons.because("geometry", "max-pooling with dilation, ceil_mode, indices or uneven windows")
     if pool.kernel_size > 15 or -(-pool.kernel_size // pool.stride) > 4 or pool.padding > pool.kernel_size // 2:
-        return f"pooling window {pool.kernel_size} with stride {pool.stride}"
+        return reasons.because("geometry", f"pooling window {pool.kernel_size} with stride {pool.stride}")
     return None
 
 
@@ -189,6 +179,7 @@ def bn_act(bn: BatchNorm, x: Tensor, *, act: str, residual: Tensor | None = None
     """act(bn(x) + residual) with the module's attributes as they are now. recompute: as in fastres.functional."""
     if residual is not None and not _fits(residual, x.shape, x):
         return _add_separately(bn_act(bn, x, act="identity"), residual, act)
+    observe.stand_for(bn)
     y = functional.bn_act(
         x,
         *batch_norm.running(bn),
@@ -205,6 +196,7 @@ def bn_act(bn: BatchNorm, x: Tensor, *, act: str, residual: Tensor | None = None
 
 def bn_act_maxpool(bn: BatchNorm, pool: Any, x: Tensor, *, act: str) -> Tensor:
     """pool(act(bn(x))) with the modules' attributes as they are now."""
+    observe.stand_for(bn, pool)
     y = functional.bn_act_maxpool(
         x,
         *batch_norm.running(bn),
@@ -235,8 +227,9 @@ def stem(block: nn.Module, x: Tensor, conv: Any, bn: Any, relu: Any, maxpool: An
     run = kept[0].then_maxpool(*window)
     if run is None or min(pooled(size, *window) for size in kept[1][2:]) < 1:  # eager has its own error for that
         return None
-    if _listener is not None:
-        _listener(block, None)
+    if observe.listener is not None:
+        observe.listener(block, None)
+    observe.ran((conv, bn, maxpool), "conv_maxpool", kept[0].kernel)
     y = run(x, None, True)
     replay.note(run, x, None, True, y)
     return y
@@ -249,10 +242,9 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and wants_gradient(conv, None, x, None)) and (
         kept := folding.folded(conv, None, x)
     ):
-        y = kept[0](x, None, False)
-        replay.note(kept[0], x, None, False, y)
-        return y
+        return _run_folded(kept[0], (conv,), x, None, False)
     stride, padding, dilation, groups = folding.geometry(conv)
+    observe.stand_for(conv)
     return functional.conv_bias_act(
         x,
         conv.weight,
@@ -270,12 +262,11 @@ def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and wants_gradient(conv, None, x, residual)):
         kept = folding.folded(conv, None, x)
         if kept is not None and _fits(residual, kept[1], x):
-            y = kept[0](x, residual, False)
-            replay.note(kept[0], x, residual, False, y)
-            return y
+            return _run_folded(kept[0], (conv,), x, residual, False)
     stride, padding, dilation, groups = folding.geometry(conv)
     shape = arguments.check_convolution(x, conv.weight, conv.bias, (stride, padding, dilation, groups))
     fits = _fits(residual, shape, x)
+    observe.stand_for(conv)
     y = functional.conv_bias_act(
         x,
         conv.weight,
@@ -348,14 +339,13 @@ def conv_bn_act(
         if kept is not None and (residual is None or _fits(residual, kept[1], x)):
             if fork is not None:
                 fork.append(x)
-            y = kept[0](x, residual, act == "relu")
-            replay.note(kept[0], x, residual, act == "relu", y)
-            return y
+            return _run_folded(kept[0], (conv, bn), x, residual, act == "relu")
     geometry = folding.geometry(conv)
     # Its errors come before the batch is counted.
     shape = arguments.check_convolution(x, conv.weight, conv.bias, geometry)
     if residual is not None and not _fits(residual, shape, x):
         return _add_separately(conv_bn_act(conv, bn, x, act="identity"), residual, act)
+    observe.stand_for(conv, bn)
     return functional.conv_bn_act(
         x,
         conv.weight,
@@ -373,6 +363,15 @@ def conv_bn_act(
         recompute=recompute,
         fork=fork,
     )
+
+
+def _run_folded(
+    run: table.PackedConvolution, modules: tuple[nn.Module, ...], x: Tensor, residual: Tensor | None, relu: bool
+) -> Tensor:
+    observe.ran(modules, "conv_bias_act", run.kernel)
+    y = run(x, residual, relu)
+    replay.note(run, x, residual, relu, y)
+    return y
 
 
 def _fits(residual: Any, shape: Any, x: Tensor) -> bool:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from fastres import layout
 from fastres.ops import registration
+from fastres.reasons import because
 
-TUNED = "eager is faster here (tuned)"
+TUNED = because("tuned", "eager is faster here (tuned)")
 _OFF = "fastres_off"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import aside, decisions, folding, sites, switches
+from fastres import aside, decisions, folding, observe, switches
 from fastres.bench import machine, stats
 from fastres.decisions import Site, TuneReport
 from fastres.errors import UserError
@@ -156,7 +156,7 @@ def _calls(copy: nn.Module, args: tuple[Any, ...], training: bool) -> dict[str, 
         ran = {module for module, reason in reasons.items() if reason is None and module in names}
         hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in ran if hooked]
         reasons.clear()
-        with torch.set_grad_enabled(training), sites.listening(reasons.__setitem__):
+        with torch.set_grad_enabled(training), observe.listening(reasons.__setitem__):
             copy(*args)
         for hook in hooks:
             hook.remove()

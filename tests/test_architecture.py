@@ -18,7 +18,8 @@ PACKAGE = Path(fastres.__file__).parent
 
 #: Lowest first. A module may import from its own layer and from those below.
 LAYERS = (
-    ("errors", "error_notes", "hooks", "config", "layout", "reference", "reference_join", "synchronised_reference"),
+    ("errors", "error_notes", "hooks", "config", "reasons", "observe", "layout"),
+    ("reference", "reference_join", "synchronised_reference"),
     ("kernels",),
     ("ops",),
     ("arguments", "memory", "running_statistics"),
@@ -29,7 +30,7 @@ LAYERS = (
     ("nn", "recipes", "models", "fuse", "explain", "summary", "images", "testing", "aside", "decisions"),
     ("verify", "bench", "doctor", "train", "tune", "canary"),
     ("analysis", "transfer"),
-    ("cli", "cli_models", "cli_tune", "__main__", "__init__"),
+    ("cli", "cli_models", "cli_tune", "cli_verify", "__main__", "__init__"),
 )
 #: Imported when a function runs, not when its module is loaded, so no cycle: a model fuses itself.
 LATE = {("models", "fuse")}

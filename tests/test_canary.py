@@ -10,7 +10,7 @@ from _compare import LIBRARIES, assert_same, biased, block, image, network, some
 from torch import nn
 
 import fastres
-from fastres import replay, switches
+from fastres import hooks, replay
 from fastres.canary import Check
 from fastres.kernels import extension
 from fastres.testing import DTYPES, LAYOUTS
@@ -256,7 +256,7 @@ def test_copies_are_not_watched_and_the_model_can_go():
     assert handle.checks == 0
     model(images())
     assert handle.checks == 1
-    assert not any(switches.hooks_that_look(m) for m in model.modules())  # does not keep updates from going together
+    assert not any(hooks.hooked(m) for m in model.modules())  # does not keep updates from going together
 
 
 def test_recorded_calls_go_on_between_checks():
@@ -279,7 +279,7 @@ def test_errors_of_the_model_end_a_check():
         for _ in range(4):
             with pytest.raises(RuntimeError):
                 model(torch.randn(2, 5, 32, 32))
-        assert fastres.sites._listener is None
+        assert fastres.observe.listener is None
         for _ in range(3):
             model(images())
         assert handle.checks >= 2

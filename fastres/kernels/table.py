@@ -24,6 +24,10 @@ class PackedConvolution(Protocol):
     def nbytes(self) -> int:
         """Bytes that its weights take."""
 
+    @property
+    def kernel(self) -> tuple[str, str] | None:
+        """Name and method of the kernel that a call runs; None if a call asks the table."""
+
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor: ...
 
 
@@ -36,6 +40,7 @@ class Kernel:
         run: takes the arguments of the raw op.
         unavailable: why it cannot run in this process at all, or None.
         why_not: why it does not serve a call with these arguments, or None.
+        method: how it would do a call with these arguments, in a word or two, where it has several ways.
         prepare: conv_bias_act only: packs a weight once, prepare(x, weight, bias, *geometry).
     """
 
@@ -44,6 +49,7 @@ class Kernel:
     unavailable: Callable[[], str | None]
     why_not: Callable[..., str | None]
     prepare: Callable[..., PackedConvolution] | None = None
+    method: Callable[..., str] = lambda *args: ""
 
 
 def _reference(op: str) -> Kernel:
@@ -83,7 +89,7 @@ def _part(name: str, run: Callable[..., Any], why_not: Callable[..., str | None]
 TABLE: dict[tuple[str, str], list[Kernel]] = {
     **{(op, "cpu"): [_cpu(op), _reference(op)] for op in _BATCH_NORM_OPS},
     ("conv_bn_act", "cpu"): [
-        Kernel("cpu", cpu.conv_bn_act, cpu.unavailable, cpu.conv_bn_act_why_not),
+        Kernel("cpu", cpu.conv_bn_act, cpu.unavailable, cpu.conv_bn_act_why_not, method=cpu.conv_bn_act_method),
         _reference("conv_bn_act"),
     ],
     ("conv_bn_act_backward", "cpu"): [
@@ -99,7 +105,14 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         _reference("conv1x1_bn_act_backward"),
     ],
     ("conv_bias_act", "cpu"): [
-        Kernel("cpu", convolution.conv_bias_act, convolution.unavailable, convolution.why_not, convolution.prepare),
+        Kernel(
+            "cpu",
+            convolution.conv_bias_act,
+            convolution.unavailable,
+            convolution.why_not,
+            convolution.prepare,
+            convolution.method_name,
+        ),
         Kernel("onednn", onednn.conv_bias_act, onednn.unavailable, onednn.why_not, onednn.prepare),
         _reference("conv_bias_act"),
     ],
@@ -221,6 +234,30 @@ def select(op: str, args: tuple[Any, ...]) -> Kernel:
         reasons.append(f"{kernel.name}: {reason}")
     what = "; ".join(reasons) or f"{' or '.join(_forced or ())} has no kernel for it on {_first(args).device.type}"
     raise RuntimeError(f"fastres::{op}: no kernel may serve this call ({what})")
+
+
+#: While fastres.explain runs: told of every call, (op, kernel, arguments).
+_watcher: Callable[[str, Kernel, tuple[Any, ...]], None] | None = None
+
+
+@contextmanager
+def watching(watcher: Callable[[str, Kernel, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Calls `watcher(op, kernel, arguments)` before every call that a kernel of the table serves, forward and
+    backward."""
+    global _watcher
+    before, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
+def run(op: str, args: tuple[Any, ...]) -> Any:
+    """The result of the kernel that serves this call; raises as `select`."""
+    kernel = select(op, args)
+    if _watcher is not None:
+        _watcher(op, kernel, args)
+    return kernel.run(*args)
 
 
 def fused_kernel_serves(op: str, args: tuple[Any, ...]) -> bool:

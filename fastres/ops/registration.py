@@ -27,7 +27,7 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
     """Registers `fastres::<schema>` with its fake and returns the op."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    _LIBRARY.impl(name, lambda *args: table.select(name, args).run(*args), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, lambda *args: table.run(name, args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastres::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fastres, name).default
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastres import error_notes, sites, switches
+from fastres import error_notes, reasons, sites, switches
 from fastres.batch_norm import BatchNorm
 from fastres.models.blocks import ZeroPadShortcut
 from fastres.recipes import projection
@@ -89,7 +89,8 @@ def _blocked(block: Any, x: Tensor, **children: nn.Module) -> bool:
     # The shortcut is computed first here and last in eager, which shows if both use one batch norm.
     last = [*children.values()][-1]
     shared = block.downsample is not None and any(module is last for module in block.downsample.modules())
-    return sites.blocked(block, x, "batch norm shared with the shortcut" if shared else None, **children) is not None
+    reason = reasons.because("shared-module", "batch norm shared with the shortcut") if shared else None
+    return sites.blocked(block, x, reason, **children) is not None
 
 
 class BasicBlockForward(FusedModule):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import config, sites
+from fastres import config, observe
 from fastres.errors import UserError
 from fastres.fuse import fuse_, unfuse_
 from fastres.kernels import extension
@@ -19,7 +19,7 @@ from fastres.recipes.residual import StemForward, shortcut_of
 from fastres.testing import budget, relative_error
 from fastres.verify import kinks
 from fastres.verify.certificate import MODEL, Certificate, Row, Site
-from fastres.verify.run import Call, Outcome, captured, plain, run
+from fastres.verify.run import Call, Outcome, captured, run
 
 #: Relative L2 error that the fp32 outputs of a whole model in eval mode may have.
 LOGITS = 1e-5
@@ -55,7 +55,7 @@ class Comparison:
         """The whole model, then every site that ran fused in it."""
         reported: dict[nn.Module, str | None] = {}
         names = {module: name for name, module in self.fused.named_modules()}
-        with sites.listening(reported.__setitem__):
+        with observe.listening(reported.__setitem__):
             fused = self._run_fused(MODEL, self.fused, self.call, self.training, self.certificate.seed)
         found = {names[module]: (module, reason) for module, reason in reported.items() if module in names}
         for name, (module, reason) in found.items():
@@ -81,7 +81,7 @@ class Comparison:
         self, oracle: nn.Module, eager: nn.Module, call: Call, gradients: bool, seed: int
     ) -> tuple[Outcome, Outcome]:
         how: Any = {"gradients": gradients, "seed": seed, "round_to": self.dtype}
-        with plain():
+        with observe.original_forwards():
             try:
                 found = run(eager, call, autocast=self.autocast, **how)
             except Exception as error:  # whatever the model raises: it is the user's model and input that do not fit
@@ -123,10 +123,10 @@ class Comparison:
                 seed = self.certificate.seed + attempt
                 call = _other(inputs, seed) if attempt else inputs
                 if gradients and self.dtype is torch.float32:
-                    with plain():
+                    with observe.original_forwards():
                         call, _ = kinks.avoid(oracle, call, seed)
                 seen: list[str | None] = []
-                with sites.listening(lambda _, reason: seen.append(reason)):  # noqa: B023
+                with observe.listening(lambda _, reason: seen.append(reason)):  # noqa: B023
                     got = self._run_fused(site, fused, call, gradients, seed)
                 if got is None:
                     return rows + tried
