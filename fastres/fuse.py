@@ -122,13 +122,14 @@ class _Walk:
             return
         self._seen.add(module)
         cls: Any = type(module)
-        if issubclass(cls, FusedModule) and not issubclass(cls, units.Unit):
-            _claim(name, module, cls, None, self.claimed, self.additions)
-        elif not issubclass(cls, FusedModule) and (new := fused_class(cls)) is not None:
-            reason = _unlike_recipe(module, new)
-            _claim(name, module, new, reason, self.claimed, self.additions)
-            if reason is None:
-                self.swaps.append((module, new))
+        recipe = cls if issubclass(cls, FusedModule) else fused_class(cls)
+        if recipe is not None and not issubclass(recipe, units.Unit):
+            reason = None if recipe is cls else _unlike_recipe(module, recipe)
+            _claim(name, module, recipe, reason, self.claimed, self.additions)
+            self._inlined.update(child for child in module._modules.values() if type(child) is nn.Sequential and all(
+                m in self.claimed for m in child._modules.values()))
+            if reason is None and recipe is not cls:
+                self.swaps.append((module, recipe))
         elif module._modules and kind_of(module) is None and module not in self._inlined:
             self._unit(name, module)
         for child_name, child in module._modules.items():

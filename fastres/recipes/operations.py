@@ -32,6 +32,14 @@ _IN_PLACE = tuple(
 )
 
 
+#: Functions whose result is a tensor of its own.
+_FRESH = (
+    *(operator.mul, operator.sub, operator.truediv, torch.mul, torch.sub, torch.div, torch.sigmoid, torch.cat),
+    *(F.sigmoid, F.hardsigmoid, F.avg_pool2d, F.max_pool2d, torch.mean, torch.sum),
+)
+_FRESH_METHODS = ("mul", "sub", "div", "sigmoid", "mean", "sum", "clone")
+
+
 @dataclass(eq=False)
 class Operation:
     """One node.
@@ -41,6 +49,7 @@ class Operation:
         module: whose call it is, or None.
         reason: why it cannot be part of a fused op, whatever is around it; or "".
         writes: whether it may write to one of its inputs.
+        fresh: whether its result is a tensor of its own, if it does not write.
         norm: of a batch norm.
     """
 
@@ -49,16 +58,22 @@ class Operation:
     module: Any = None
     reason: str = ""
     writes: bool = False
+    fresh: bool = False
     norm: norms.Norm | None = None
 
 
 def operation(node: Node, modules: dict[str, nn.Module]) -> Operation:
     """What `node` is. `modules`: by target."""
     if node.op == "call_module":
-        return _call(node, modules[str(node.target)])
-    if node.op in ("call_function", "call_method"):
-        return _function(node, modules)
-    return Operation(node, "other")
+        found = _call(node, modules[str(node.target)])
+    elif node.op in ("call_function", "call_method"):
+        found = _function(node, modules)
+        known = _FRESH_METHODS if node.op == "call_method" else _FRESH
+        found.fresh = node.target in known and not found.writes
+    else:
+        found = Operation(node, "other")
+    found.fresh = found.fresh or found.kind in ("conv", "bn", "act", "add", "pool")
+    return found
 
 
 def _call(node: Node, module: nn.Module) -> Operation:

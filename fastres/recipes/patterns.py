@@ -17,8 +17,6 @@ from fastres.recipes import norms
 from fastres.recipes.operations import Node, Operation, operation
 from fastres.recipes.trace import Trace
 
-_FRESH = ("conv", "bn", "add", "act", "pool")
-
 
 @dataclass(eq=False)
 class Group:
@@ -126,7 +124,7 @@ class _Matcher:
     def fresh(self, node: Node) -> bool:
         """Whether the result is a tensor of its own."""
         op = self.ops[node]
-        return op.kind in _FRESH and (not op.writes or self.functional(node))
+        return op.fresh and (not op.writes or self.functional(node))
 
     def functional(self, node: Node) -> bool:
         """Whether an operation that writes to its input may as well not do so."""
@@ -158,7 +156,7 @@ class _Matcher:
             if node in group.nodes or node in self.values:
                 continue
             op = self.ops[node]
-            written = op.writes and not (op.kind in _FRESH and self.functional(node))
+            written = op.writes and not (op.fresh and self.functional(node))
             if written and any(early & self.roots[self.value(i)] for i in node.all_input_nodes):
                 return False
             if op.module is not None and any(m in norm for m in op.module.modules()):

@@ -215,7 +215,8 @@ def plan_of(module: nn.Module, opener: Opener | None = None) -> Plan | Refusal:
 
 
 class Opener:
-    """Says which children are part of their parent's graph: containers, and those whose forward is a chain of calls."""
+    """Says which children are part of their parent's graph: containers, those whose forward is a chain of calls, and
+    gates."""
 
     def __init__(self) -> None:
         self._answers: dict[int, bool] = {}
@@ -234,7 +235,8 @@ class Opener:
         if kind.__module__.startswith("torch.nn.") or fused_class(kind) is not None:
             return False
         try:
-            return _chain(trace.trace(module, self))
+            traced = trace.trace(module, self)
+            return _chain(traced) or _gate(traced, module)
         except Refused:
             return False
 
@@ -252,6 +254,14 @@ def _chain(traced: Trace) -> bool:
             return False
         before = node
     return True
+
+
+def _gate(traced: Trace, module: nn.Module) -> bool:
+    """Whether it is what stands between a batch norm and the addition, such as squeeze-and-excitation: without a batch
+    norm of its own, without a block, and small."""
+    if len(traced.parameters) != 1 or any(norms.is_norm(m) for m in module.modules()):
+        return False
+    return len(traced.graph.nodes) <= 16 and all(m.__module__.startswith("torch.nn.") for m in traced.modules.values())
 
 
 def make(module: nn.Module, opener: Opener) -> Plan | Refusal:
