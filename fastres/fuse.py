@@ -133,11 +133,14 @@ class _Walk:
         if recipe is not None and not issubclass(recipe, units.Unit):
             reason = None if recipe is cls else _unlike_recipe(module, recipe)
             _claim(name, module, recipe, reason, self.claimed, self.additions)
-            self._inlined.update(child for child in module._modules.values() if type(child) is nn.Sequential and all(
-                m in self.claimed for m in child._modules.values()))
+            self._inlined.update(
+                child
+                for child in module._modules.values()
+                if type(child) is nn.Sequential and all(m in self.claimed for m in child._modules.values())
+            )
             if reason is None and recipe is not cls:
                 self.swaps.append((module, recipe))
-        elif module._modules and kind_of(module) is None and module not in self._inlined:
+        elif module._modules and kind_of(module) in (None, "conv") and module not in self._inlined:
             self._unit(name, module)
         for child_name, child in module._modules.items():
             if child is not None:

@@ -310,9 +310,7 @@ def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
     return conv_act(conv, x, act="identity", residual=residual)
 
 
-def conv_act(
-    conv: nn.Conv2d, x: Tensor, *, act: str, residual: Tensor | None = None, promote: bool = False
-) -> Tensor:
+def conv_act(conv: nn.Conv2d, x: Tensor, *, act: str, residual: Tensor | None = None, promote: bool = False) -> Tensor:
     """act(conv(x) + residual): in inference with packed weights, else conv_bias_act. The caller has asked `blocked`.
     promote: as in `bn_act`."""
     relu = act == "relu"

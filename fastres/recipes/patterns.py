@@ -245,9 +245,10 @@ class _Matcher:
             return
         readers = [self.owner.get(use) for use in self.uses[group.last]]
         feeds = len(readers) == 1 and readers[0] is not None and readers[0].conv is not None
-        group.recompute = bool(
-            feeds and group.relu and group.residual is None and group.pool is None and group.norm is not None
-        ) and readers[0].x is group.last  # type: ignore[union-attr]
+        group.recompute = (
+            bool(feeds and group.relu and group.residual is None and group.pool is None and group.norm is not None)
+            and readers[0].x is group.last
+        )  # type: ignore[union-attr]
         uses = self.uses[group.x]
         if group.conv is not None and group.norm is not None and len(uses) == 2 and uses[0] is group.nodes[0]:
             other = self.owner.get(uses[1])

@@ -180,9 +180,7 @@ class _Fused(_Group):
             return sites.bn_act(self.stands, x, act=self.act, residual=residual, promote=self.promote)
         if self.norm is None:
             return sites.conv_act(self.conv, x, act=self.act, residual=residual, promote=self.promote)
-        return sites.conv_bn_act(
-            self.conv, self.stands, x, act=self.act, residual=residual, promote=self.promote
-        )
+        return sites.conv_bn_act(self.conv, self.stands, x, act=self.act, residual=residual, promote=self.promote)
 
     def then_pool(self, values: Values, x: Tensor) -> Any:
         if self.conv is None:

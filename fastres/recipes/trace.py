@@ -222,7 +222,9 @@ class _Tracer(TracerBase):
             attributes["_buffers"] = {
                 name: None if buffer is None else buffer.detach().clone() for name, buffer in module._buffers.items()
             }
-            self.clones += [(buffer, buffer._version) for buffer in attributes["_buffers"].values() if buffer is not None]
+            self.clones += [
+                (buffer, buffer._version) for buffer in attributes["_buffers"].values() if buffer is not None
+            ]
         else:
             attributes[_NAME], attributes[_TRACER] = path, self
         return copy

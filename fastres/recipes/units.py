@@ -139,14 +139,15 @@ class Plan:
         """Path, kind, reason ("" if it is fused) and module of every operation of the graph; no path and module for
         functions."""
         grouped = {node: group for group in self.matched.groups for node in group.nodes}
+        paths = {module: path for path, module in self.traced.opened.items()}
         for node in self.matched.graph.nodes:
             op = self.matched.operations[node]
             if op.kind not in ("conv", "bn", "act", "add", "pool"):
                 continue
             group = grouped.get(node)
             reason = self.matched.reasons.get(node, "") if group is None else ALONE if group.alone else ""
-            called = node.op == "call_module"
-            yield str(node.target) if called else "", op.kind, reason, op.module if called else None
+            path = str(node.target) if node.op == "call_module" else paths.get(op.module, "")
+            yield path, op.kind, reason, op.module
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | str:
         """The values of the call, or why the graph is not that of this call."""
@@ -271,7 +272,9 @@ def make(module: nn.Module, opener: Opener) -> Plan | Refusal:
         matched = match(traced)
         if matched.worthwhile:
             return Plan(module, traced, matched)
-        reasons = (matched.reasons.get(node) for node in matched.graph.nodes if matched.operations[node].kind != "other")
+        reasons = (
+            matched.reasons.get(node) for node in matched.graph.nodes if matched.operations[node].kind != "other"
+        )
         return Refusal(module, next(filter(None, reasons), NOTHING))
     except Refused as refused:
         return Refusal(module, str(refused))
