@@ -26,7 +26,7 @@ LAYERS = (
     ("replay", "batch_norm"),
     ("folding",),
     ("graphs", "report", "sites"),
-    ("nn", "recipes", "models", "fuse", "explain", "summary", "images", "testing"),
+    ("nn", "recipes", "models", "factory", "fuse", "explain", "summary", "images", "testing"),
     ("verify", "bench", "doctor", "train"),
     ("analysis", "transfer"),
     ("cli", "cli_models", "cli_verify", "__main__", "__init__"),
