@@ -1,4 +1,4 @@
-"""What fused blocks tell about themselves while fastres.explain or fastres.verify runs, and a switch for comparisons."""
+"""What fused blocks tell about themselves while fastres.explain or verify runs, and a switch for comparisons."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ LAYERS = (
     ("replay", "batch_norm", "switches"),
     ("folding",),
     ("graphs", "report", "sites"),
-    ("nn", "recipes", "models", "fuse", "explain", "summary", "images", "testing", "aside", "decisions"),
+    ("nn", "recipes", "models", "factory", "fuse", "explain", "summary", "images", "testing", "aside", "decisions"),
     ("verify", "bench", "doctor", "train", "tune", "canary"),
     ("analysis", "transfer"),
     ("cli", "cli_models", "cli_tune", "cli_verify", "__main__", "__init__"),

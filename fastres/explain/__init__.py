@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastres import fuse, observe
@@ -61,7 +60,7 @@ def explain(model: nn.Module, x: Tensor | tuple[Any, ...], *, time: bool = False
     tensors = floating(run.inputs)
     return ExplainReport(
         rows,
-        model=model._get_name(),
+        model=_class(model),
         mode="train" if model.training else "eval",
         dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
         device=tensors[0].device.type if tensors else "",
@@ -69,6 +68,11 @@ def explain(model: nn.Module, x: Tensor | tuple[Any, ...], *, time: bool = False
         blocks=_blocks(rows, units, kept_by_eager, kept, times),
         step=None if times is None else Step(times.eager, times.fused, times.rounds),
     )
+
+
+def _class(module: Any) -> str:
+    """The name of a module's class, as the user wrote it."""
+    return str(module._get_name())
 
 
 def _key(row: Row) -> str:
@@ -185,7 +189,7 @@ def _blocks(
         own = [row for row in rows if row.block == name]
         block = Block(
             name,
-            module._get_name(),
+            _class(module),
             len(own),
             sum(row.fused for row in own),
             sum(row.eager_bytes or 0 for row in own),

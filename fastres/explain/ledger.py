@@ -19,8 +19,8 @@ class Block:
         name: path of the module. kind: its class. A network's own block is its stem.
         operations, fused: how many there are, and how many of them ran fused.
         eager_bytes, fused_bytes: sums of its rows.
-        eager_saved, fused_saved: bytes that autograd keeps for backward (training mode); what two blocks keep counts for
-            the first.
+        eager_saved, fused_saved: bytes that autograd keeps for backward (training mode); what two blocks keep counts
+            for the first.
         eager_ms, fused_ms: medians of its time, by its original forward and as it ran; None if not measured.
         share: of fused_ms in the time of the whole step; None if not measured.
     """
@@ -109,14 +109,18 @@ class ExplainReport(Report):
         return titles, lines
 
     def _cells(self, block: Block, saved: bool, timed: bool) -> list[str]:
-        kernels = dict.fromkeys(kernel_name(row) for row in self.rows if row.block == block.name and row.kernel)
-        cells = [block_name(block), f"{block.fused} of {block.operations}", "; ".join(kernels) or "-"]
+        cells = [block_name(block), f"{block.fused} of {block.operations}", self.kernels(block) or "-"]
         cells += [megabytes(block.eager_bytes), megabytes(block.fused_bytes)]
         cells += [megabytes(block.eager_saved), megabytes(block.fused_saved)] if saved else []
         if timed:
             measured = block.eager_ms is not None and block.fused_ms is not None and block.share is not None
             cells += [f"{block.eager_ms:.3f}", f"{block.fused_ms:.3f}", f"{block.share:.1%}"] if measured else ["-"] * 3
         return cells
+
+    def kernels(self, block: Block) -> str:
+        """The kernels that ran in a block."""
+        found = (kernel_name(row) for row in self.rows if row.block == block.name and row.kernel)
+        return "; ".join(dict.fromkeys(found))
 
     def not_fused(self) -> list[str]:
         """A line for every reason: its code, the text, and the operations."""

@@ -82,7 +82,8 @@ class _Clock:
 
     def mark(self, name: str | None) -> None:
         if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            new: Any = torch.cuda.Event
+            event = new(enable_timing=True)
             event.record()
             self.marks.append((event, name))
         else:

@@ -39,9 +39,9 @@ def is_network(module: nn.Module) -> bool:
 def entered(units: dict[str, nn.Module], enter: Enter) -> Iterator[None]:
     """Inside, `enter` is told when a forward, and the backward behind it, comes to a unit or leaves it.
 
-    Of a network the unit is its stem: what comes before the first other unit in forward, and in backward after the last.
-    Backward follows the gradients of a unit's output and input: where that input has other users, their backward may
-    be counted too.
+    Of a network the unit is its stem: what comes before the first other unit in forward, and in backward after the
+    last. Backward follows the gradients of a unit's output and input: where that input has other users, their backward
+    may be counted too.
     """
     stack: list[str] = []
     networks = {name for name, module in units.items() if is_network(module)}
@@ -52,6 +52,9 @@ def entered(units: dict[str, nn.Module], enter: Enter) -> Iterator[None]:
         current = name
         enter(name)
 
+    def on_gradient(t: Any, then: Callable[[str], None], name: str) -> None:
+        t.register_hook(lambda grad: then(name))
+
     def left(name: str) -> None:
         if current == name:  # else the unit before it, whose output is this one's input, has been entered already
             now_in(None)
@@ -60,7 +63,7 @@ def entered(units: dict[str, nn.Module], enter: Enter) -> Iterator[None]:
         stack.append(name)
         now_in(name)
         for t in [t for t in floating(args) if t.requires_grad][:1]:
-            t.register_hook(lambda grad: left(name))
+            on_gradient(t, left, name)
 
     def after(name: str, output: Any) -> None:
         stack.pop()
@@ -68,7 +71,7 @@ def entered(units: dict[str, nn.Module], enter: Enter) -> Iterator[None]:
         now_in(None if outer in networks else outer)
         for t in [t for t in floating(output) if t.requires_grad][:1]:
             if name not in networks:
-                t.register_hook(lambda grad: now_in(name))
+                on_gradient(t, now_in, name)
 
     with ExitStack() as hooks:
         for name, module in units.items():

@@ -19,7 +19,7 @@ from fastres.recipes.residual import StemForward, shortcut_of
 from fastres.recipes.units import Unit
 from fastres.testing import budget, relative_error
 from fastres.verify import kinks
-from fastres.verify.certificate import MODEL, Certificate, Row, Site
+from fastres.verify.certificate import MODEL, Certificate, Fault, Row, Site
 from fastres.verify.run import Call, Outcome, captured, run
 
 #: Relative L2 error that the fp32 outputs of a whole model in eval mode may have.
@@ -33,17 +33,17 @@ _GRADIENTS = ("gradient", "input gradient")
 
 
 class Comparison:
-    """Fills a certificate with what `model` does on `x`.
+    """Fills a certificate with what `model` does on its inputs.
 
     Attributes:
         eager, fused: copies of the model in the dtype of the certificate; oracle: in float64, with the same weights.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, dtype: torch.dtype, certificate: Certificate) -> None:
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, certificate: Certificate) -> None:
         self.certificate, self.dtype, self.training = certificate, dtype, certificate.mode == "train"
         self.autocast = dtype if self.training and dtype is not torch.float32 else None
         stored = torch.float32 if self.training else dtype
-        self.call = Call((x.detach().to(stored),), {})
+        self.call = Call(inputs, {}).map(lambda t: t.detach().to(stored) if t.is_floating_point() else t)
         self.eager = unfuse_(copy.deepcopy(model)).to(stored).train(self.training)
         for module in self.eager.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -63,7 +63,7 @@ class Comparison:
             self.certificate.sites.append(Site(_site_name(name, module), reason is None, reason or ""))
         if not self.certificate.fused_sites:
             reasons = [site.reason for site in self.certificate.sites] + [row.reason for row in self.fusible.rows]
-            self._problem(f"nothing ran fused ({next(filter(None, reasons), 'nothing to fuse')})")
+            self._fault(MODEL, f"nothing ran fused ({next(filter(None, reasons), 'nothing to fuse')})")
         ran = [name for name, (module, reason) in found.items() if reason is None and not _whole_model(name, module)]
         with captured(self.oracle, ran) as exact, captured(self.eager, ran) as rounded:
             truth, eager = self._run_plain(self.oracle, self.eager, self.call, self.training, self.certificate.seed)
@@ -74,9 +74,9 @@ class Comparison:
             inputs = _like(exact.pop(name), rounded.pop(name))
             self.certificate.rows += self._site(name, found[name][0], inputs)
 
-    def _problem(self, text: str) -> None:
-        if text not in self.certificate.problems:
-            self.certificate.problems.append(text)
+    def _fault(self, site: str, text: str) -> None:
+        if Fault(site, text) not in self.certificate.faults:
+            self.certificate.faults.append(Fault(site, text))
 
     def _run_plain(
         self, oracle: nn.Module, eager: nn.Module, call: Call, gradients: bool, seed: int
@@ -93,7 +93,7 @@ class Comparison:
         try:
             return run(fused, call, gradients=gradients, seed=seed, round_to=self.dtype, autocast=self.autocast)
         except Exception as error:  # a finding, unless eager raises too
-            self._problem(f"{site}: the fused model raised {type(error).__name__}: {error}")
+            self._fault(site, f"the fused model raised {type(error).__name__}: {error}")
             return None
 
     def _whole(self, truth: Outcome, eager: Outcome, fused: Outcome) -> list[Row]:
@@ -132,7 +132,7 @@ class Comparison:
                 if got is None:
                     return rows + tried
                 if not seen or seen[0]:
-                    self._problem(f"{site} does not run fused alone: {seen[0] if seen else ''}")
+                    self._fault(site, f"does not run fused alone: {seen[0] if seen else ''}")
                 new = self._rows(site, *self._run_plain(oracle, eager, call, gradients, seed), got)
                 tried = _better(tried, new) if tried else new
                 if all(row.ok for row in tried if row.kind in _GRADIENTS):
@@ -149,7 +149,7 @@ class Comparison:
             want, witness, got = truth.get(key), eager.get(key), fused.get(key)
             if want is None or witness is None or got is None or got.dtype is not witness.dtype:
                 got_is, witness_is = (None if t is None else t.dtype for t in (got, witness))
-                self._problem(f"{site} {name} ({kind}): fused gives {got_is}, eager {witness_is}")
+                self._fault(site, f"{name} ({kind}): fused gives {got_is}, eager {witness_is}")
                 continue
             scale = _scale(key, truth)
             errors = (_error(kind, witness, want) * scale, _error(kind, got, want) * scale)
