@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastres import reference, reference_join, synchronised_reference
-from fastres.kernels import choices, convolution, cpu, cuda, cudnn, onednn, triton
+from fastres.kernels import choices, convolution, cpu, cuda, cudnn, onednn, persistent, triton
 
 
 class PackedConvolution(Protocol):
@@ -67,6 +67,11 @@ def _triton(op: str, module: str, why_not: Callable[..., str | None] = triton.wh
 
 def _cuda(op: str, why_not: Callable[..., str | None] = cuda.why_not) -> Kernel:
     return Kernel("cuda", getattr(cuda, op), cuda.unavailable, why_not)
+
+
+def _persistent(op: str, why_not: Callable[..., str | None]) -> Kernel:
+    """Behind "cuda", which serves all that it does: only a measured choice, or force, brings it to the front."""
+    return Kernel("cuda_persistent", getattr(persistent, op), cuda.unavailable, why_not)
 
 
 _BATCH_NORM_OPS = (
@@ -132,12 +137,23 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
     **{
         (op, "cuda"): [_triton(op, module), _cuda(op), _reference(op)]
         for module, ops in (
-            ("batch_norm", ("bn_act", "bn_act_backward")),
             ("join", ("bn_add_bn_act", "bn_add_bn_act_backward")),
             ("elementwise", ("add_act", "add_act_backward")),
         )
         for op in ops
     },
+    ("bn_act", "cuda"): [
+        _triton("bn_act", "batch_norm"),
+        _cuda("bn_act"),
+        _persistent("bn_act", persistent.why_not),
+        _reference("bn_act"),
+    ],
+    ("bn_act_backward", "cuda"): [
+        _triton("bn_act_backward", "batch_norm"),
+        _cuda("bn_act_backward"),
+        _persistent("bn_act_backward", persistent.backward_why_not),
+        _reference("bn_act_backward"),
+    ],
     ("bn_act_maxpool", "cuda"): [
         _triton("bn_act_maxpool", "pool", triton.bn_act_maxpool_why_not),
         _cuda("bn_act_maxpool"),
@@ -165,11 +181,13 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
     ("conv_bn_act", "cuda"): [
         _triton("conv_bn_act", "convolution_ops", triton.conv_bn_act_why_not),
         _cuda("conv_bn_act", cuda.conv_bn_act_why_not),
+        _persistent("conv_bn_act", persistent.conv_bn_act_why_not),
         _reference("conv_bn_act"),
     ],
     ("conv_bn_act_backward", "cuda"): [
         _triton("conv_bn_act_backward", "convolution_ops", triton.conv_bn_act_backward_why_not),
         _cuda("conv_bn_act_backward", cuda.conv_bn_act_backward_why_not),
+        _persistent("conv_bn_act_backward", persistent.conv_bn_act_backward_why_not),
         _reference("conv_bn_act_backward"),
     ],
     ("update_running_stats_", "cuda"): [
@@ -200,11 +218,11 @@ _forced: tuple[str, ...] | None = None
 
 
 def kernels(op: str, device_type: str) -> list[Kernel]:
-    """The kernels of `op` on a device type, best first; only the forced ones inside `use_kernels`."""
+    """The kernels of `op` on a device type, best first; inside `use_kernels` only the forced ones, in their order."""
     found = TABLE.get((op, device_type)) or [_reference(op)]
     if _forced is None or op in _UPDATES:
         return found
-    return [kernel for kernel in found if kernel.name in _forced]
+    return [kernel for name in _forced for kernel in found if kernel.name == name]
 
 
 def _first(args: tuple[Any, ...]) -> Tensor:
@@ -291,8 +309,8 @@ def use_kernels(*names: str) -> Iterator[None]:
     """Only the named kernels serve inside the `with` block, in the whole process: for tests and benchmarks.
 
     Args:
-        names: "reference", "cpu", "onednn", "triton", "cuda", "cudnn"; in the table's order of preference, whatever
-            the order here.
+        names: "reference", "cpu", "onednn", "triton", "cuda", "cuda_persistent", "cudnn"; the first that may serve a
+            call does.
 
     Raises:
         ValueError: for a name that no kernel has.
