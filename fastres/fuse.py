@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from fastres import batch_norm, folding, replay, sites
+from fastres import batch_norm, folding, managed, replay, sites
 from fastres.recipes import fused_class
 from fastres.recipes.residual import FusedModule
 from fastres.report import FuseReport, Row
@@ -59,8 +60,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
     """Gives every swapped block of `model` its own class back and drops folded weights. Returns `model`."""
     for module in model.modules():
         if isinstance(module, FusedModule):
-            original: Any = module.unfused_class()
-            module.__class__ = original
+            _become(module, module.unfused_class())
     folding.forget(model)
     replay.forget(model)
     return model
@@ -85,7 +85,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         for module, cls in swapped:
-            module.__class__ = cls
+            _become(module, cls)
+
+
+def _become(module: nn.Module, cls: Any) -> None:
+    """Changes a module's class, also for methods that are kept in its attributes, as accelerate's hooks do."""
+    before, module.__class__ = type(module), cls
+    for name, value in module.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            method = value.__func__.__name__
+            if getattr(before, method, None) is value.__func__:
+                module.__dict__[name] = MethodType(getattr(cls, method), module)
 
 
 @dataclass
@@ -104,10 +114,10 @@ def plan(model: nn.Module) -> Plan:
     for name, module in model.named_modules():
         cls: Any = type(module)
         fused = issubclass(cls, FusedModule)
-        new: Any = cls if fused else fused_class(cls)
+        new: Any = cls if fused else fused_class(managed.without_fsdp(cls))
         if new is None:
             continue
-        reason = None if fused else _unlike_recipe(module, new)
+        reason = None if fused else managed.reason(module, "the block") or _unlike_recipe(module, new)
         _claim(name, module, new, reason, claimed, additions)
         if reason is None and not fused:
             swaps.append((module, new))
@@ -172,6 +182,8 @@ def _claim(
 def _unclaimed(model: nn.Module, name: str) -> str:
     if not name:
         return "a single module"
+    if reason := managed.reason(model.get_submodule(name), "it"):
+        return reason
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, FusedModule) or fused_class(type(parent)):
         return "runs as it is: its output is what the fused part takes"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import arguments, batch_norm, config, folding, functional, ops, replay
+from fastres import arguments, batch_norm, config, folding, functional, managed, ops, replay
 from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution as convolution_kernel
 from fastres.kernels import extension, program, table
@@ -54,7 +54,7 @@ def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.
         children: the modules the fast path would not call, under the names of their roles: conv, bn, relu or maxpool,
             with or without a number.
     """
-    reason = reason or _input_blocked(x) or _children_blocked(x, children)
+    reason = reason or managed.reason(block, "the block") or _input_blocked(x) or _children_blocked(x, children)
     if _listener is not None:
         _listener(block, reason)
     return reason
@@ -150,6 +150,8 @@ _ROLES: dict[str, dict[Any, Any]] = {
 
 def child_blocked(role: str, child: nn.Module) -> str | None:
     """Why a child may not be replaced by fused code whatever its input is, or None."""
+    if reason := managed.reason(child, role):
+        return reason
     forwards = _ROLES.get(role) or _ROLES[role.rstrip("0123456789")]
     kind = type(child)
     if kind not in forwards:

@@ -23,7 +23,7 @@ LAYERS = (
     ("ops",),
     ("arguments", "memory"),
     ("functional",),
-    ("replay", "batch_norm"),
+    ("replay", "batch_norm", "managed"),
     ("folding",),
     ("graphs", "report", "sites"),
     ("nn", "recipes", "models", "fuse", "explain", "summary", "images", "testing"),
