@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from fastres import batch_norm, folding, replay, sites, switches
-from fastres.reasons import because
+from fastres import batch_norm, folding, managed, replay, sites, switches
+from fastres.reasons import because, code_of
 from fastres.recipes import fused_class, norms, trace, units
 from fastres.recipes.operations import ACTIVATIONS
 from fastres.recipes.residual import FusedModule
@@ -67,8 +68,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
 def _swap_back(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FusedModule):
-            original: Any = module.unfused_class()
-            module.__class__ = original
+            _become(module, module.unfused_class())
     folding.forget(model)
     replay.forget(model)
     units.forget(model)
@@ -93,7 +93,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         for module, cls in swapped:
-            module.__class__ = cls
+            _become(module, cls)
+
+
+def _become(module: nn.Module, cls: Any) -> None:
+    """Changes a module's class, also for methods that are kept in its attributes, as accelerate's hooks do."""
+    before, module.__class__ = type(module), cls
+    for name, value in module.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            method = value.__func__.__name__
+            if getattr(before, method, None) is value.__func__:
+                module.__dict__[name] = MethodType(getattr(cls, method), module)
 
 
 @dataclass
@@ -129,9 +139,9 @@ class _Walk:
             return
         self._seen.add(module)
         cls: Any = type(module)
-        recipe = cls if issubclass(cls, FusedModule) else fused_class(cls)
+        recipe = cls if issubclass(cls, FusedModule) else fused_class(managed.without_fsdp(cls))
         if recipe is not None and not issubclass(recipe, units.Unit):
-            reason = None if recipe is cls else _unlike_recipe(module, recipe)
+            reason = None if recipe is cls else managed.reason(module, "the block") or _unlike_recipe(module, recipe)
             _claim(name, module, recipe, reason, self.claimed, self.additions)
             self._inlined.update(
                 child
@@ -148,6 +158,9 @@ class _Walk:
 
     def _unit(self, name: str, module: nn.Module) -> None:
         """Traces a module of any class, and notes what its graph holds."""
+        if not isinstance(module, units.Unit) and (reason := managed.reason(module, "the block")):
+            self._reasons[module] = reason
+            return
         found = units.plan_of(module, self._opener)
         if isinstance(found, units.Refusal):
             self._reasons[module] = found.reason
@@ -178,12 +191,14 @@ class _Walk:
 
     def _unclaimed(self, name: str, module: nn.Module) -> str:
         if not name:
-            return "a single module"
+            return because("unknown-block", "a single module")
+        if reason := managed.reason(module, "it"):
+            return reason
         parent = self.model.get_submodule(name.rpartition(".")[0])
         if not isinstance(parent, units.Unit) and (isinstance(parent, FusedModule) or fused_class(type(parent))):
-            return "runs as it is: its output is what the fused part takes"
-        reason = self._reasons.get(parent)
-        return f"inside {type(parent).__name__}: {reason or 'called by a module that is not fused'}"
+            return because("outside-block", "runs as it is: its output is what the fused part takes")
+        reason = self._reasons.get(parent) or because("unknown-block", "called by a module that is not fused")
+        return because(code_of(reason), f"inside {type(parent).__name__}: {reason}")
 
 
 def kind_of(module: nn.Module) -> str | None:

@@ -18,6 +18,7 @@ CODES: dict[str, str] = {
     "own-forward": "a forward was replaced, on the instance or on its class",
     "missing-child": "the block lacks a module that its recipe takes over",
     "shared-module": "one module does two things in the block, in an order that fusing would change",
+    "managed": "FSDP or an offload hook holds the parameters",
     "hook": "a hook on a module that fused code would not call, or on all modules",
     "unknown-module": "a child is not of the type that fused code stands in for",
     "geometry": "padding of a convolution, or windows of a pooling, that no kernel has",

@@ -16,7 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import arguments, batch_norm, config, folding, functional, hooks, observe, ops, reasons, replay, switches
+from fastres import (
+    arguments,
+    batch_norm,
+    config,
+    folding,
+    functional,
+    hooks,
+    managed,
+    observe,
+    ops,
+    reasons,
+    replay,
+    switches,
+)
 from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution as convolution_kernel
 from fastres.kernels import extension, program, table
@@ -40,7 +53,8 @@ def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.
         children: the modules the fast path would not call, under the names of their roles: conv, bn, relu or maxpool,
             with or without a number.
     """
-    reason = reason or _input_blocked(x) or switches.reason(block, x) or _children_blocked(x, children)
+    reason = reason or managed.reason(block, "the block") or _input_blocked(x) or switches.reason(block, x)
+    reason = reason or _children_blocked(x, children)
     if observe.listener is not None:
         observe.listener(block, reason)
     return reason
@@ -172,6 +186,8 @@ _ROLES: dict[str, dict[Any, Any]] = {
 
 def child_blocked(role: str, child: nn.Module) -> str | None:
     """Why a child may not be replaced by fused code whatever its input is, or None."""
+    if reason := managed.reason(child, role):
+        return reason
     forwards = _ROLES.get(role) or _ROLES[role.rstrip("0123456789")]
     kind = type(child)
     if kind not in forwards:

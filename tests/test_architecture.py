@@ -24,7 +24,7 @@ LAYERS = (
     ("ops",),
     ("arguments", "memory", "running_statistics"),
     ("functional",),
-    ("replay", "batch_norm", "switches"),
+    ("replay", "batch_norm", "managed", "switches"),
     ("folding",),
     ("graphs", "report", "sites"),
     ("nn", "recipes", "models", "factory", "fuse", "explain", "summary", "images", "testing", "aside", "decisions"),

@@ -3,6 +3,7 @@ writes them this way."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -34,8 +35,8 @@ class FusedModule:
 
     @classmethod
     def unfused_class(cls) -> type[nn.Module]:
-        """The class that the module had before the swap."""
-        return cls.__mro__[cls.__mro__.index(FusedModule) + 1]
+        """The class that the module had before the swap, with what was mixed into it since (fully_shard does)."""
+        return _unfused(cls)
 
     def _get_name(self) -> str:
         return self.unfused_class().__name__  # repr shows the model as the user wrote it
@@ -46,6 +47,16 @@ class FusedModule:
             f"torch.jit.script cannot compile {type(self).__name__}, which fastres.fuse_ swapped in for "
             f"{self._get_name()}: script inside `with fastres.disabled(model):`, or trace"
         )
+
+
+@functools.cache
+def _unfused(cls: Any) -> Any:
+    swapped = [issubclass(base, FusedModule) and issubclass(base, nn.Module) for base in cls.__bases__]
+    if not any(swapped):
+        return cls.__mro__[cls.__mro__.index(FusedModule) + 1]
+    bases = tuple(_unfused(base) if found else base for base, found in zip(cls.__bases__, swapped, strict=True))
+    attributes = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__.replace("Fused", "", 1), bases, attributes)
 
 
 def shortcut_of(block: Any, x: Tensor, found: projection.Projection | None = None) -> Any:
