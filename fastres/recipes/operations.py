@@ -26,9 +26,9 @@ _OTHER_ACTIVATIONS = (
 )
 _ADD = (operator.add, operator.iadd, torch.add)
 _CONVOLUTIONS = (F.conv2d, torch.conv2d)
-_IN_PLACE = tuple(
-    getattr(operator, name)
-    for name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul setitem".split()
+_IN_PLACE = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.setitem),
 )
 
 

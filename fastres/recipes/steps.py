@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import functional, sites
+from fastres import sites
 from fastres.recipes import projection
 from fastres.recipes.operations import Node, Operation
 from fastres.recipes.patterns import Group, Matched

@@ -81,8 +81,9 @@ def opaque(module: nn.Module) -> str | None:
         return "the module has its own forward"
     if not isinstance(kind.forward, types.FunctionType):
         return f"{kind.__name__}.forward is not a function"
-    if kind.__module__.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic")):
-        return f"{kind.__name__} is a module of torch's quantization"
+    for child in (module, *module._modules.values()):
+        if type(child).__module__.startswith("torch.ao."):
+            return f"{type(child).__name__} is a module of torch's quantization"
     return None
 
 
