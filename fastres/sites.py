@@ -262,6 +262,7 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
         dilation=dilation,
         groups=groups,
         act="identity",
+        recompute_conv=switches.recomputes(conv),
     )
 
 
@@ -371,6 +372,7 @@ def conv_bn_act(
         act=act,
         **batch_norm.options(bn),
         recompute=recompute,
+        recompute_conv=switches.recomputes(conv),
         fork=fork,
     )
 
