@@ -174,6 +174,7 @@ def conv_bias_act(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     act: str = "relu",
+    recompute_conv: bool = False,
 ) -> Tensor:
     """act(conv2d(x, weight) + bias + residual): what a block is in inference once batch norm is folded into the
     convolution.
@@ -183,6 +184,8 @@ def conv_bias_act(
         weight: [K, C / groups, R, S]; bias: [K] or None.
         residual: like the output [N, K, OH, OW].
         stride, padding, dilation, groups: as in torch.nn.functional.conv2d, numbers or pairs.
+        recompute_conv: if the result, which has no residual and no ReLU, is the input of bn_act_maxpool, that one does
+            not save it, and it is computed again in backward.
 
     Returns:
         [N, K, OH, OW], channels_last if x or weight is.
@@ -192,7 +195,10 @@ def conv_bias_act(
     geometry = arguments.geometry_of(stride, padding, dilation, groups)
     shape = arguments.check_convolution(x, weight, bias, geometry)
     arguments.check_residual(residual, shape, x)
-    return ops.conv_bias_act.call(x, weight, bias, residual, *geometry, relu)
+    y = ops.conv_bias_act.call(x, weight, bias, residual, *geometry, relu)
+    if recompute_conv and not relu and residual is None and _wants_gradient(x, weight, bias):
+        ops.recompute.offer_made(y, (bias,), ops.conv_bias_act.remake, ops.conv_bias_act.again)
+    return y
 
 
 def conv_bn_act(
@@ -216,6 +222,7 @@ def conv_bn_act(
     num_batches_tracked: Tensor | None = None,
     process_group: Any = None,
     recompute: bool = False,
+    recompute_conv: bool = False,
     fork: list[Tensor] | None = None,
 ) -> Tensor:
     """act(batch_norm(conv2d(x)) + residual). Arguments as in :func:`conv_bias_act` and :func:`bn_act`.
@@ -226,6 +233,9 @@ def conv_bn_act(
         recompute: if the result is the input of another conv_bn_act, or of conv_bias_act, that one saves what it is
             made from in its place, and computes it again in backward, bit for bit: its memory is free in between. The
             result must not be written to in a way that autograd does not see (`.data`).
+        recompute_conv: do not save the convolution's output for backward, but compute it again there (CPU and GPU, not
+            under torch.compile, which decides itself, and not with a process group). With a residual that another such
+            convolution has saved as its input (fork), the result is offered as with `recompute`.
         fork: x is appended to it, for the shortcut around this convolution: the gradient of that x is added to x's
             inside the convolution's backward, which saves a pass of autograd's.
     """
@@ -260,14 +270,24 @@ def conv_bn_act(
         return y
     if by_moments:
         args = (x, conv_weight, *affine, *running, residual, training, eps, relu, relu)
-        return ops.conv1x1_bn_act.call(*args, then=lambda results: update(*results[1:3], count))[0]
-    args = (x, conv_weight, conv_bias, *affine, *running, residual, *geometry, training, eps, relu, save_mask)
-    call = ops.conv_bn_act.call if fork is None else ops.conv_bn_act.call_forked
-    y, raw, mean, var, _, *forked = call(*args, then=lambda results: update(*results[2:4], count))
-    if fork is not None:
-        fork[-1] = forked[0]
-    if recompute and gradient and residual is None:
-        ops.recompute.offer(y, (raw, weight, bias, mean, var), eps, relu, ops.conv_bn_act.again)
+        y = ops.conv1x1_bn_act.call(*args, then=lambda results: update(*results[1:3], count))[0]
+    else:
+        args = (x, conv_weight, conv_bias, *affine, *running, residual, *geometry, training, eps, relu, save_mask)
+        plain, forking = ops.conv_bn_act.call, ops.conv_bn_act.call_forked
+        if recompute_conv:
+            plain, forking = ops.conv_bn_act.call_again, ops.conv_bn_act.call_again_forked
+        call = plain if fork is None else forking
+        y, raw, mean, var, _, *forked = call(*args, then=lambda results: update(*results[2:4], count))
+        if fork is not None:
+            fork[-1] = forked[0]
+        if recompute and gradient and residual is None:
+            if recompute_conv:
+                ops.recompute.offer_made(y, (), ops.conv_bn_act.remake, lambda node, _: ops.conv_bn_act.again(node))
+            else:
+                ops.recompute.offer(y, (raw, weight, bias, mean, var), eps, relu, ops.conv_bn_act.again)
+    if recompute_conv and gradient and relu and _is_saved(residual):
+        op = ops.conv1x1_bn_act if by_moments else ops.conv_bn_act
+        ops.recompute.offer_made(y, (residual,), op.remake, op.again_with_residual)
     return y
 
 
@@ -354,13 +374,18 @@ def algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometry
         and conv_bias is None
         and k >= 4 * c
         and x.shape[0] * x.shape[2] * x.shape[3] >= 8 * c
-        and not (x.is_cpu and convolution.onednn_convolves(registration.autocast_dtype(x)))
+        and not (table.device_type(x) == "cpu" and convolution.onednn_convolves(registration.autocast_dtype(x)))
         and table.fused_kernel_serves("conv1x1_bn_act", (x, conv_weight))
     )
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_saved(residual: Tensor | None) -> bool:
+    """Whether the residual is the input of a block, which its first convolution has saved as it is."""
+    return residual is not None and ops.recompute.is_saved(residual, ops.conv_bn_act.FORK)
 
 
 def _needs_mask(relu: bool, residual: Tensor | None, *tensors: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastres import batch_norm, folding, managed, replay, sites, switches
+from fastres import batch_norm, folding, forms, managed, replay, sites, switches
 from fastres.reasons import because, code_of
 from fastres.recipes import fused_class, norms, trace, units
 from fastres.recipes.operations import ACTIVATIONS
@@ -25,7 +25,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
 )
 
 
-def fuse_(model: nn.Module) -> FuseReport:
+def fuse_(model: nn.Module, *, memory: str | None = None, example: Any = None) -> FuseReport:
     """Lets the residual blocks of `model` run fused, in training and inference. In place, idempotent, undone by
     `unfuse_`.
 
@@ -35,13 +35,21 @@ def fuse_(model: nn.Module) -> FuseReport:
     Args:
         model: any module. fastres.models and torchvision's ResNet, ResNeXt and Wide ResNet are known; the rest is left
         alone.
+        memory: "low": a training step keeps less for its backward pass. For each block is chosen whether the outputs of
+            its convolutions are computed again there, bit for bit, with the statistics of forward; where blocks without
+            a projection follow each other, the output of every second one too. "fast": as without it. None: what the
+            model has now ("fast", unless it or what it was copied from was made "low").
+        example: for "low", an input of the model [N, C, H, W], or a tuple of its arguments, for whose shape, dtype and
+            layout is chosen. Its values do not count; it may be on PyTorch's meta device. Without autocast.
 
     Returns:
         A report with a row for every convolution, batch norm, activation, addition and pooling: fused, or why not.
 
     Raises:
-        TypeError: if model is not an nn.Module. A call that raises leaves the model as it was.
+        TypeError: if model is not an nn.Module, or there is no example for memory="low".
+        ValueError: for another value of memory. A call that raises leaves the model as it was.
     """
+    forms.check(memory, example)
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse_ takes an nn.Module, got {type(model).__name__}")
     planned = plan(model)
@@ -50,11 +58,12 @@ def fuse_(model: nn.Module) -> FuseReport:
         for module, new in planned.swaps:
             done.append((module, type(module)))
             module.__class__ = new
+        chosen = forms.choose_(model, memory, example)
     except BaseException:
         for module, old in done:
             module.__class__ = old
         raise
-    return FuseReport([row for row, _ in planned.rows])
+    return FuseReport([row for row, _ in planned.rows], chosen)
 
 
 def unfuse_(model: nn.Module) -> nn.Module:

@@ -350,6 +350,7 @@ def conv_act(conv: nn.Conv2d, x: Tensor, *, act: str, residual: Tensor | None = 
         dilation=dilation,
         groups=groups,
         act=act if fits else "identity",
+        recompute_conv=switches.recomputes(conv),
     )
     return y if fits else _add_separately(y, residual, act, promote)
 
@@ -436,6 +437,7 @@ def conv_bn_act(
         act=act,
         **batch_norm.options(bn),
         recompute=recompute,
+        recompute_conv=switches.recomputes(conv),
         fork=fork,
     )
 

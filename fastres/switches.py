@@ -1,8 +1,9 @@
-"""Fused blocks that run their original forward although they could run fused: because `fastres.tune_` measured that it
-is faster for such inputs, or because a canary found that the fused one is wrong.
+"""What is decided for single modules: fused blocks that run their original forward although they could run fused,
+because `fastres.tune_` measured that it is faster for such inputs, or because a canary found that the fused one is
+wrong; and convolutions whose output backward computes again (`fuse_(memory="low")`).
 
 What was measured belongs to this machine, so it is kept outside of the modules: copies and pickles of a model carry
-none of it (the file that tune_ writes does). That a block is wrong is an attribute of the block and goes with it.
+none of it (the file that tune_ writes does). The other two are attributes of the modules and go with them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fastres.reasons import because
 
 TUNED = because("tuned", "eager is faster here (tuned)")
 _OFF = "fastres_off"
+_RECOMPUTE = "fastres_recompute"
 
 
 class Kind(NamedTuple):
@@ -108,11 +110,25 @@ def turn_off(block: nn.Module, why: str) -> None:
     _changed()
 
 
+def recomputes(conv: nn.Module) -> bool:
+    """Whether the output of a convolution is computed again in backward, so that it need not be saved."""
+    return _RECOMPUTE in conv.__dict__
+
+
+def recompute(conv: nn.Module, on: bool) -> None:
+    """Lets the output of a convolution, and of its copies, be computed again in backward, or saved."""
+    if on:
+        conv.__dict__[_RECOMPUTE] = True
+    else:
+        conv.__dict__.pop(_RECOMPUTE, None)
+
+
 def forget(model: nn.Module) -> None:
-    """Drops all that was decided for modules of `model`, and lets those that were turned off run fused again."""
+    """Drops all that was decided for modules of `model`, also which were turned off, and what they compute again."""
     for module in model.modules():
         _decisions.pop(module, None)
         module.__dict__.pop(_OFF, None)
+        recompute(module, False)
     _changed()
 
 

@@ -215,10 +215,29 @@ OPS = (
 _UPDATES = ("update_running_stats_", "update_all_running_stats_")  # a few values a channel: not worth forcing
 
 _forced: tuple[str, ...] | None = None
+_meta_is: str | None = None
+
+
+@contextmanager
+def meta_is(device_type: str) -> Iterator[None]:
+    """Inside the `with` block, tensors of the meta device, which have shapes but no values, go the ways of those of
+    `device_type`: to see what a call would save, without making it."""
+    global _meta_is
+    before, _meta_is = _meta_is, device_type
+    try:
+        yield
+    finally:
+        _meta_is = before
+
+
+def device_type(x: Tensor) -> str:
+    """The type of x's device, or of the one that it stands for."""
+    return _meta_is if _meta_is is not None and x.is_meta else x.device.type
 
 
 def kernels(op: str, device_type: str) -> list[Kernel]:
     """The kernels of `op` on a device type, best first; inside `use_kernels` only the forced ones, in their order."""
+    device_type = _meta_is if _meta_is is not None and device_type == "meta" else device_type
     found = TABLE.get((op, device_type)) or [_reference(op)]
     if _forced is None or op in _UPDATES:
         return found

@@ -67,6 +67,18 @@ def served_by(op: Any, *args: Any) -> str:
     return table.select(op.name().split("::")[1], args).name
 
 
+def variant(
+    op: Any, call: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`call`, the differentiable op, which in eager training saves something else."""
+    eager = _function(op, lambda *args: op(*args), setup_context, backward)
+
+    def call_variant(*args: Any, then: Then = None) -> Any:
+        return apply(op, eager, (*args, then)) if _records(args) else call(*args, then=then)
+
+    return call_variant
+
+
 def forked(
     op: Any, call: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
