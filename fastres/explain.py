@@ -30,7 +30,9 @@ def explain(model: nn.Module, x: Tensor) -> ExplainReport:
     outcome: dict[nn.Module, str | None] = {}
     with state_kept(model), torch.no_grad(), sites.listening(outcome.__setitem__):
         model(x)
-    return ExplainReport([_ran(row, owner, outcome, x.device.type) for row, owner in fuse.plan(model).rows])
+    modules = dict(model.named_modules())
+    rows = fuse.plan(model).rows
+    return ExplainReport([_ran(row, modules.get(row.name), owner, outcome, x.device.type) for row, owner in rows])
 
 
 @contextmanager
@@ -46,12 +48,19 @@ def state_kept(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(values)
 
 
-def _ran(row: Row, owner: nn.Module | None, outcome: dict[nn.Module, str | None], device_type: str) -> Row:
+def _ran(
+    row: Row,
+    module: nn.Module | None,
+    owner: nn.Module | None,
+    outcome: dict[nn.Module, str | None],
+    device_type: str,
+) -> Row:
     if not row.fused or owner is None:
         return row
     if owner not in outcome:
         return replace(row, fused=False, reason="not swapped (call fuse_), or it did not run")
-    if reason := outcome[owner]:
+    # A unit says of single modules that they did not run fused, where the rest of it did.
+    if reason := outcome[owner] or (module is not None and outcome.get(module)):
         return replace(row, fused=False, reason=reason)
     return replace(row, kernel=_kernel(owner, device_type))
 

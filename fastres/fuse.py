@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 
 from fastres import batch_norm, folding, replay, sites
-from fastres.recipes import fused_class
+from fastres.recipes import fused_class, norms, trace, units
+from fastres.recipes.operations import ACTIVATIONS
 from fastres.recipes.residual import FusedModule
 from fastres.report import FuseReport, Row
 
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish)
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (nn.modules.conv._ConvNd, "conv"),
     (nn.modules.batchnorm._NormBase, "bn"),
-    (_ACTIVATIONS, "act"),
+    (ACTIVATIONS, "act"),
     (nn.modules.pooling._MaxPoolNd, "pool"),
 )
 
@@ -63,6 +63,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
             module.__class__ = original
     folding.forget(model)
     replay.forget(model)
+    units.forget(model)
     return model
 
 
@@ -98,30 +99,90 @@ class Plan:
 
 def plan(model: nn.Module) -> Plan:
     """Looks at every module of `model` and changes nothing."""
-    swaps: list[tuple[nn.Module, type[nn.Module]]] = []
-    additions: list[tuple[Row, nn.Module | None]] = []
-    claimed: dict[nn.Module, tuple[Row, nn.Module | None]] = {}
-    for name, module in model.named_modules():
+    walk = _Walk(model)
+    walk.visit("", model)
+    return Plan(walk.swaps, walk.rows())
+
+
+class _Walk:
+    """Goes through a model from the top: a module is a block that a recipe knows, or a unit of its own, or neither."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.swaps: list[tuple[nn.Module, type[nn.Module]]] = []
+        self.claimed: dict[nn.Module, tuple[Row, nn.Module | None]] = {}
+        self.additions: list[tuple[Row, nn.Module | None]] = []
+        self._opener = units.Opener()
+        self._seen: set[nn.Module] = set()
+        self._inlined: set[nn.Module] = set()  # their forwards are part of a unit's
+        self._reasons: dict[nn.Module, str] = {}  # why a module's own calls are not fused
+
+    def visit(self, name: str, module: nn.Module) -> None:
+        if module in self._seen:
+            return
+        self._seen.add(module)
         cls: Any = type(module)
-        fused = issubclass(cls, FusedModule)
-        new: Any = cls if fused else fused_class(cls)
-        if new is None:
-            continue
-        reason = None if fused else _unlike_recipe(module, new)
-        _claim(name, module, new, reason, claimed, additions)
-        if reason is None and not fused:
-            swaps.append((module, new))
-    rows = [
-        claimed.get(module) or (Row(name, kind, False, _unclaimed(model, name)), None)
-        for name, module in model.named_modules()
-        if (kind := kind_of(module))
-    ]
-    return Plan(swaps, rows + additions)
+        recipe = cls if issubclass(cls, FusedModule) else fused_class(cls)
+        if recipe is not None and not issubclass(recipe, units.Unit):
+            reason = None if recipe is cls else _unlike_recipe(module, recipe)
+            _claim(name, module, recipe, reason, self.claimed, self.additions)
+            self._inlined.update(
+                child
+                for child in module._modules.values()
+                if type(child) is nn.Sequential and all(m in self.claimed for m in child._modules.values())
+            )
+            if reason is None and recipe is not cls:
+                self.swaps.append((module, recipe))
+        elif module._modules and kind_of(module) in (None, "conv") and module not in self._inlined:
+            self._unit(name, module)
+        for child_name, child in module._modules.items():
+            if child is not None:
+                self.visit(f"{name}.{child_name}" if name else child_name, child)
+
+    def _unit(self, name: str, module: nn.Module) -> None:
+        """Traces a module of any class, and notes what its graph holds."""
+        found = units.plan_of(module, self._opener)
+        if isinstance(found, units.Refusal):
+            self._reasons[module] = found.reason
+            return
+        try:
+            new = units.unit_class(trace.unfused(module))
+        except TypeError as error:
+            self._reasons[module] = f"its class cannot be derived from: {error}"
+            return
+        if not isinstance(module, units.Unit):
+            self.swaps.append((module, new))
+        self._inlined.update(found.helpers)
+        for target, kind, reason, part in found.rows():
+            path = ".".join(filter(None, (name, target)))
+            if part is None:
+                self.additions.append((Row(name, kind, not reason, reason), module))
+            else:
+                self.claimed[part] = (Row(path, kind, not reason, reason, note=batch_norm.note(part)), module)
+
+    def rows(self) -> list[tuple[Row, nn.Module | None]]:
+        """One for every operation."""
+        modules = [
+            self.claimed.get(module) or (Row(name, kind, False, self._unclaimed(name, module)), None)
+            for name, module in self.model.named_modules()
+            if (kind := kind_of(module))
+        ]
+        return modules + self.additions
+
+    def _unclaimed(self, name: str, module: nn.Module) -> str:
+        if not name:
+            return "a single module"
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(parent, units.Unit) and (isinstance(parent, FusedModule) or fused_class(type(parent))):
+            return "runs as it is: its output is what the fused part takes"
+        reason = self._reasons.get(parent)
+        return f"inside {type(parent).__name__}: {reason or 'called by a module that is not fused'}"
 
 
 def kind_of(module: nn.Module) -> str | None:
     """ "conv", "bn", "act" or "pool", or None for any other module."""
-    return next((kind for types, kind in _KINDS if isinstance(module, types)), None)
+    found = next((kind for types, kind in _KINDS if isinstance(module, types)), None)
+    return found or ("bn" if norms.is_norm(module) else None)
 
 
 def _unlike_recipe(module: nn.Module, new: Any) -> str | None:
@@ -167,12 +228,3 @@ def _claim(
             claimed[child] = (row, downsample)
     if new.adds:
         additions.append((Row(name, "add", main is None, main or ""), block))
-
-
-def _unclaimed(model: nn.Module, name: str) -> str:
-    if not name:
-        return "a single module"
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, FusedModule) or fused_class(type(parent)):
-        return "runs as it is: its output is what the fused part takes"
-    return f"inside {type(parent).__name__}, which no recipe covers"
