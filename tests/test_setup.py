@@ -369,6 +369,15 @@ def test_missing_peer_is_left_out_and_said(dev, monkeypatch, capsys):
         dev.install_extra("python", "bench")
 
 
+def test_libraries_of_models_do_not_replace_torch(dev, monkeypatch):
+    listed = 'timm; extra == "timm"\ntransformers; extra == "sweep"\nsegmentation-models-pytorch; extra == "sweep"'
+    asked = []
+    monkeypatch.setattr(dev, "ask", lambda python, code: listed)
+    monkeypatch.setattr(dev, "pip", lambda python, *a, what, quiet=True: asked.append(a) or True)
+    assert dev.install_extra("python", "timm") and dev.install_extra("python", "sweep")
+    assert asked == [("--no-deps", "timm"), ("transformers",), ("--no-deps", "segmentation-models-pytorch")]
+
+
 @pytest.mark.parametrize(
     ("installed", "ours", "wanted"),
     [("", True, 1), ("", False, 1), ("0.28.1", True, 0), ("0.26.0", True, 1), ("0.26.0", False, 0)],
