@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastres
-from fastres import sites
+from fastres import observe
 from fastres.kernels import table
 from fastres.models import Bottleneck, CifarResNet
 from fastres.recipes.residual import FusedModule
@@ -195,7 +195,7 @@ class ran:
 
     def __enter__(self) -> set[str | None]:
         reasons: set[str | None] = set()
-        self.listening = sites.listening(lambda block, reason: reasons.add(reason))
+        self.listening = observe.listening(lambda block, reason: reasons.add(reason))
         self.listening.__enter__()
         return reasons
 
