@@ -3,13 +3,14 @@ PYTHON ?= python3
 DEV = $(PYTHON) scripts/dev.py
 comma := ,
 
-.PHONY: help test bench bench-ops bench-cpu bench-gpu kernel-report test-triton cuda-report cuda-sanitize test-matrix test-sanitize lint format clean
+.PHONY: help test bench bench-ops bench-cpu bench-gpu sweep kernel-report test-triton cuda-report cuda-sanitize test-matrix test-sanitize lint format clean
 
 help:
 	@echo "make test           the tests                                    ARGS='-k fuse' goes to pytest"
 	@echo "make bench          whole networks against other engines         ARGS='resnet34 --mode infer' goes to fastres bench"
 	@echo "make bench-ops      every op at the shapes of real layers        ARGS goes to pytest"
 	@echo "make bench-cpu      networks, layers, memory, sweeps on the CPU  ARGS='layers depth': these parts; --help lists all"
+	@echo "make sweep          every model of timm, torchvision, transformers: same numbers fused?   ARGS='timm --only resnet'"
 	@echo "make kernel-report  what compilers make of the Triton kernels, for GPUs not here   ARGS='--kernel apply --targets sm_90'"
 	@echo "make test-triton    the tests of the Triton kernels with the oldest Triton         ARGS goes to pytest"
 	@echo "make cuda-report    what nvcc makes of the CUDA kernels, for GPUs not here"
@@ -24,7 +25,7 @@ help:
 	@echo "TORCH='torch==2.11.0'  what pip installs into .venv; without it, an active environment with PyTorch is used"
 	@echo "PYTHON=python3.12      which Python"
 
-test bench bench-ops bench-cpu bench-gpu kernel-report test-triton:
+test bench bench-ops bench-cpu bench-gpu sweep kernel-report test-triton:
 	@$(DEV) $@ $(ARGS)
 
 lint format:

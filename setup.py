@@ -6,7 +6,8 @@ fastres/_build_info.json. One binary serves Python >= 3.10 and every supported P
 never imported here: its headers suffice, and they are found under pip's build isolation too.
 
 Environment variables:
-    FASTRES_BUILD_EXT=0    do not compile; csrc/cuda neither, unless FASTRES_CUDA says so
+    FASTRES_BUILD_EXT=0    do not compile; csrc/cuda neither, unless FASTRES_CUDA says so; the wheel is
+                           for every platform
     FASTRES_CUDA           0: do not compile csrc/cuda; 1: fail if it cannot be compiled
     FASTRES_CUDA_ARCHS     GPU architectures to compile for; PTX of the last serves later ones (default: "80 90a 100")
     CUDA_HOME              the CUDA toolkit, if nvcc is not on the PATH
@@ -29,7 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 MINIMUM = (2, 11)
@@ -48,6 +50,10 @@ LINK += ["-ltorch", "-ltorch_cpu", "-lc10"]
 ARCHITECTURES = ["80", "90a", "100"]
 # The runtime of CUDA is linked in, and hidden: PyTorch's may be another version.
 LINK_CUDA = ["-lcudart_static", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"]
+
+
+#: Asked for, not what is left where something fails: that is known only after the wheel has its name.
+PURE = os.environ.get("FASTRES_BUILD_EXT") == "0" and os.environ.get("FASTRES_CUDA") != "1"
 
 
 class NotCompiled(Exception):
@@ -227,6 +233,19 @@ class BuildExtension(build_ext):
         run([*compiler, "-shared", "-o", str(binary), *objects, *link])
 
 
+class Build(build):
+    """Runs build_ext also where nothing is compiled: it writes down why."""
+
+    sub_commands = [(name, None if name == "build_ext" else wanted) for name, wanted in build.sub_commands]
+
+
+class PureDistribution(Distribution):
+    """Its wheel is tagged py3-none-any if nothing is to be compiled."""
+
+    def has_ext_modules(self) -> bool:
+        return not PURE and super().has_ext_modules()
+
+
 # Kernels first: they take longest to compile.
 SOURCES = sorted(glob("csrc/cpu/*.cpp"), key=lambda path: ("_kernels" not in path, path))
 EXTENSION = Extension("fastres._C", SOURCES, language="c++", py_limited_api=True)
@@ -234,6 +253,7 @@ EXTENSION.cuda_sources = sorted([*glob("csrc/cuda/*.cu"), *glob("csrc/cuda/*.cpp
 
 setup(
     ext_modules=[EXTENSION],
-    cmdclass={"build_ext": BuildExtension},
+    distclass=PureDistribution,
+    cmdclass={"build": Build, "build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,4 +1,4 @@
-"""The `fastres` command: bench, verify, explain, models, train, transfer, analyze, doctor.
+"""The `fastres` command: bench, verify, explain, models, tune, train, transfer, analyze, doctor.
 
 Wrong input is one line on stderr and exit code 2; a check that fails is exit code 1.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastres import cli_models, cli_verify
+from fastres import cli_models, cli_tune, cli_verify
 from fastres.cli_verify import MODEL
 from fastres.errors import UserError
 
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(add)
     cli_verify.add_commands(add)
     cli_models.add_command(add)
+    cli_tune.add_command(add)
     _add_train(add)
     _add_transfer(add)
     _add_analyze(add)

@@ -8,7 +8,7 @@ shapes, dtypes or devices that do not fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,15 +66,15 @@ def bn_act(
     arguments.check_residual(residual, x.shape, x)
     count = x.numel() // max(x.shape[1], 1)
     save_mask = _needs_mask(relu, residual, x, weight, bias)
+    update = _update(running_mean, running_var, num_batches_tracked, momentum, training)
     if group is not None:
-        y, mean, var, count = ops.synchronised.bn_act(x, weight, bias, residual, group, eps, relu, save_mask)
-    else:
-        y, mean, var, _ = ops.bn_act.call(
-            x, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask
-        )
-    if recompute and residual is None and group is None and _wants_gradient(x, weight, bias):
+        y, *found = ops.synchronised.bn_act(x, weight, bias, residual, group, eps, relu, save_mask)
+        update(*found)
+        return y
+    args = (x, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask)
+    y, mean, var, _ = ops.bn_act.call(*args, then=lambda results: update(*results[1:3], count))
+    if recompute and residual is None and _wants_gradient(x, weight, bias):
         ops.recompute.offer(y, (x, weight, bias, mean, var), eps, relu, ops.bn_act.again)
-    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
     return y
 
 
@@ -114,7 +114,14 @@ def bn_add_bn_act(x: Tensor, norm: BatchNorm, other: Tensor, other_norm: BatchNo
     if not table.fused_kernel_serves("bn_add_bn_act", (x,)):
         residual = _bn_act(other, other_norm, None, "identity")
         return _bn_act(x, norm, residual, act)
-    y, mean, var, other_mean, other_var, _ = ops.bn_add_bn_act.call(
+    count = x.numel() // max(x.shape[1], 1)
+
+    def update(results: Any) -> None:
+        for one, statistics in ((other_norm, results[3:5]), (norm, results[1:3])):
+            options = (one.num_batches_tracked, one.momentum, one.training)
+            _update(one.running_mean, one.running_var, *options)(*statistics, count)
+
+    return ops.bn_add_bn_act.call(
         x,
         norm.weight,
         norm.bias,
@@ -131,12 +138,8 @@ def bn_add_bn_act(x: Tensor, norm: BatchNorm, other: Tensor, other_norm: BatchNo
         other_norm.eps,
         relu,
         relu and _wants_gradient(x, norm.weight, norm.bias, other, other_norm.weight, other_norm.bias),
-    )
-    count = x.numel() // max(x.shape[1], 1)
-    for one, statistics in ((other_norm, (other_mean, other_var)), (norm, (mean, var))):
-        running = (one.running_mean, one.running_var)
-        _update(*running, *statistics, one.num_batches_tracked, one.momentum, one.training, count)
-    return y
+        then=update,
+    )[0]
 
 
 def _bn_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, act: str) -> Tensor:
@@ -171,6 +174,7 @@ def conv_bias_act(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     act: str = "relu",
+    recompute_conv: bool = False,
 ) -> Tensor:
     """act(conv2d(x, weight) + bias + residual): what a block is in inference once batch norm is folded into the
     convolution.
@@ -180,6 +184,8 @@ def conv_bias_act(
         weight: [K, C / groups, R, S]; bias: [K] or None.
         residual: like the output [N, K, OH, OW].
         stride, padding, dilation, groups: as in torch.nn.functional.conv2d, numbers or pairs.
+        recompute_conv: if the result, which has no residual and no ReLU, is the input of bn_act_maxpool, that one does
+            not save it, and it is computed again in backward.
 
     Returns:
         [N, K, OH, OW], channels_last if x or weight is.
@@ -189,7 +195,10 @@ def conv_bias_act(
     geometry = arguments.geometry_of(stride, padding, dilation, groups)
     shape = arguments.check_convolution(x, weight, bias, geometry)
     arguments.check_residual(residual, shape, x)
-    return ops.conv_bias_act.call(x, weight, bias, residual, *geometry, relu)
+    y = ops.conv_bias_act.call(x, weight, bias, residual, *geometry, relu)
+    if recompute_conv and not relu and residual is None and _wants_gradient(x, weight, bias):
+        ops.recompute.offer_made(y, (bias,), ops.conv_bias_act.remake, ops.conv_bias_act.again)
+    return y
 
 
 def conv_bn_act(
@@ -213,6 +222,7 @@ def conv_bn_act(
     num_batches_tracked: Tensor | None = None,
     process_group: Any = None,
     recompute: bool = False,
+    recompute_conv: bool = False,
     fork: list[Tensor] | None = None,
 ) -> Tensor:
     """act(batch_norm(conv2d(x)) + residual). Arguments as in :func:`conv_bias_act` and :func:`bn_act`.
@@ -223,6 +233,9 @@ def conv_bn_act(
         recompute: if the result is the input of another conv_bn_act, or of conv_bias_act, that one saves what it is
             made from in its place, and computes it again in backward, bit for bit: its memory is free in between. The
             result must not be written to in a way that autograd does not see (`.data`).
+        recompute_conv: do not save the convolution's output for backward, but compute it again there (CPU and GPU, not
+            under torch.compile, which decides itself, and not with a process group). With a residual that another such
+            convolution has saved as its input (fork), the result is offered as with `recompute`.
         fork: x is appended to it, for the shortcut around this convolution: the gradient of that x is added to x's
             inside the convolution's backward, which saves a pass of autograd's.
     """
@@ -243,28 +256,38 @@ def conv_bn_act(
     count = shape[0] * shape[2] * shape[3]
     by_moments = gradient and algebraic(x, conv_weight, conv_bias, geometry)
     save_mask = gradient and relu and residual is not None
-    affine = (weight, bias)
-    if group is not None and by_moments:
-        y, mean, var, count = ops.synchronised.conv1x1_bn_act(x, conv_weight, *affine, residual, group, eps, relu)
-    elif group is not None:
-        again = recompute and gradient
-        y, mean, var, count = ops.synchronised.conv_bn_act(
-            x, conv_weight, conv_bias, *affine, residual, geometry, group, eps, relu, save_mask, again, fork
-        )
-    elif by_moments:
-        y, mean, var, *_ = ops.conv1x1_bn_act.call(
-            x, conv_weight, *affine, running_mean, running_var, residual, training, eps, relu, relu
-        )
+    affine, running = (weight, bias), (running_mean, running_var)
+    update = _update(*running, num_batches_tracked, momentum, training)
+    if group is not None:
+        if by_moments:
+            y, *found = ops.synchronised.conv1x1_bn_act(x, conv_weight, *affine, residual, group, eps, relu)
+        else:
+            again = recompute and gradient
+            y, *found = ops.synchronised.conv_bn_act(
+                x, conv_weight, conv_bias, *affine, residual, geometry, group, eps, relu, save_mask, again, fork
+            )
+        update(*found)
+        return y
+    if by_moments:
+        args = (x, conv_weight, *affine, *running, residual, training, eps, relu, relu)
+        y = ops.conv1x1_bn_act.call(*args, then=lambda results: update(*results[1:3], count))[0]
     else:
-        running = (running_mean, running_var)
-        y, raw, mean, var, _, *forked = (ops.conv_bn_act.call if fork is None else ops.conv_bn_act.call_forked)(
-            x, conv_weight, conv_bias, *affine, *running, residual, *geometry, training, eps, relu, save_mask
-        )
+        args = (x, conv_weight, conv_bias, *affine, *running, residual, *geometry, training, eps, relu, save_mask)
+        plain, forking = ops.conv_bn_act.call, ops.conv_bn_act.call_forked
+        if recompute_conv:
+            plain, forking = ops.conv_bn_act.call_again, ops.conv_bn_act.call_again_forked
+        call = plain if fork is None else forking
+        y, raw, mean, var, _, *forked = call(*args, then=lambda results: update(*results[2:4], count))
         if fork is not None:
             fork[-1] = forked[0]
         if recompute and gradient and residual is None:
-            ops.recompute.offer(y, (raw, weight, bias, mean, var), eps, relu, ops.conv_bn_act.again)
-    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
+            if recompute_conv:
+                ops.recompute.offer_made(y, (), ops.conv_bn_act.remake, lambda node, _: ops.conv_bn_act.again(node))
+            else:
+                ops.recompute.offer(y, (raw, weight, bias, mean, var), eps, relu, ops.conv_bn_act.again)
+    if recompute_conv and gradient and relu and _is_saved(residual):
+        op = ops.conv1x1_bn_act if by_moments else ops.conv_bn_act
+        ops.recompute.offer_made(y, (residual,), op.remake, op.again_with_residual)
     return y
 
 
@@ -309,12 +332,13 @@ def bn_act_maxpool(
         raise RuntimeError(f"bn_act_maxpool: output size is too small for an input of {tuple(x.shape)}")
     count = x.numel() // max(x.shape[1], 1)
     options = (eps, relu, kernel_size, stride, padding)
+    update = _update(running_mean, running_var, num_batches_tracked, momentum, training)
     if group is not None:
-        y, mean, var, count = ops.synchronised.bn_act_maxpool(x, weight, bias, group, *options)
-    else:
-        y, mean, var, _ = ops.bn_act_maxpool.call(x, weight, bias, running_mean, running_var, training, *options)
-    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
-    return y
+        y, *found = ops.synchronised.bn_act_maxpool(x, weight, bias, group, *options)
+        update(*found)
+        return y
+    args = (x, weight, bias, running_mean, running_var, training, *options)
+    return ops.bn_act_maxpool.call(*args, then=lambda results: update(*results[1:3], count))[0]
 
 
 def fold(
@@ -350,13 +374,18 @@ def algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometry
         and conv_bias is None
         and k >= 4 * c
         and x.shape[0] * x.shape[2] * x.shape[3] >= 8 * c
-        and not (x.is_cpu and convolution.onednn_convolves(registration.autocast_dtype(x)))
+        and not (table.device_type(x) == "cpu" and convolution.onednn_convolves(registration.autocast_dtype(x)))
         and table.fused_kernel_serves("conv1x1_bn_act", (x, conv_weight))
     )
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _is_saved(residual: Tensor | None) -> bool:
+    """Whether the residual is the input of a block, which its first convolution has saved as it is."""
+    return residual is not None and ops.recompute.is_saved(residual, ops.conv_bn_act.FORK)
 
 
 def _needs_mask(relu: bool, residual: Tensor | None, *tensors: Tensor | None) -> bool:
@@ -366,12 +395,14 @@ def _needs_mask(relu: bool, residual: Tensor | None, *tensors: Tensor | None) ->
 def _update(
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
     num_batches_tracked: Tensor | None,
     momentum: float,
     training: bool,
-    count: int,
-) -> None:
-    if training and running_mean is not None and running_var is not None:
-        ops.update_running_stats.call(running_mean, running_var, mean, var, num_batches_tracked, momentum, count)
+) -> Callable[..., None]:
+    """update(mean, var, count): moves running statistics by those of a batch, in training."""
+
+    def update(mean: Tensor, var: Tensor, count: int) -> None:
+        if training and running_mean is not None and running_var is not None:
+            ops.update_running_stats.call(running_mean, running_var, mean, var, num_batches_tracked, momentum, count)
+
+    return update

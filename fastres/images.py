@@ -18,13 +18,15 @@ from fastres.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["calibrate_", "photographs", "synthetic"]
+__all__ = ["SUFFIXES", "calibrate_", "open_image", "photographs", "synthetic"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+#: What is looked for in a file, whatever its name: Pillow knows formats that it hands to other programs (EPS).
+_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def photographs(n: int, size: int = 224, *, folder: str | os.PathLike[str] | None = None, seed: int = 0) -> Tensor:
@@ -89,29 +91,40 @@ def _files(folder: Path) -> list[Callable[[], Image]]:
     files = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in _SUFFIXES
+        if path.suffix.lower() in SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
     if not files:
-        raise UserError(f"no images in {folder} (looked for {' '.join(_SUFFIXES)})")
-    return [functools.partial(_open, path) for path in files]
+        raise UserError(f"no images in {folder} (looked for {' '.join(SUFFIXES)})")
+    return [functools.partial(open_image, path) for path in files]
 
 
-def _open(path: Path) -> Image:
+def open_image(path: Path, extra: str = "bench") -> Image:
+    """A photograph in a file, decoded: RGB, turned as its EXIF says.
+
+    Args:
+        extra: of fastres, that brings Pillow; for the message.
+
+    Raises:
+        UserError: if it is none, damaged, of more than 8 bits a channel, or larger than Pillow's limit (179 million
+            pixels: more would be a decompression bomb); the message names the file.
+    """
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise UserError(f"reading images needs Pillow ({error}): pip install 'fastres[bench]'") from error
+        raise UserError(f"reading images needs Pillow ({error}): pip install 'fastres[{extra}]'") from error
     try:
-        with Image.open(path) as image:
+        if not path.is_file():
+            raise ValueError("not a regular file" if path.exists() else "no such file")
+        with Image.open(path, formats=_FORMATS) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"more than 8 bits per channel (mode {image.mode})")  # Pillow would clip to white
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         # Pillow's own message for an unknown format repeats the path; the type says it shorter.
         reason = "unknown or damaged format" if type(error).__name__ == "UnidentifiedImageError" else error
-        raise UserError(f"cannot read image {path}: {reason}") from error
+        raise UserError(f"cannot read image {path}: {reason or type(error).__name__}") from error
 
 
 def _crop(image: Image, size: int, rng: random.Random) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastres import arguments, functional, layout, observe, reasons, sites
 from fastres.batch_norm import SyncBatchNorm, convert_sync_batchnorm
+from fastres.error_notes import named
 
 __all__ = ["AddAct", "BnAct2d", "ConvBnAct2d", "SyncBatchNorm", "convert_sync_batchnorm"]
 
@@ -33,6 +34,7 @@ class ConvBnAct2d(nn.Module):
         arguments.relu(act)
         self.conv, self.bn, self.act = conv, bn, act
 
+    @named
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if sites.blocked(self, x, conv=self.conv, bn=self.bn) is None:
             return sites.conv_bn_act(self.conv, self.bn, x, act=self.act, residual=residual)
@@ -53,6 +55,7 @@ class BnAct2d(nn.Module):
         arguments.relu(act)
         self.bn, self.act = bn, act
 
+    @named
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if sites.blocked(self, x, bn=self.bn) is None:
             return sites.bn_act(self.bn, x, act=self.act, residual=residual)
@@ -73,6 +76,7 @@ class AddAct(nn.Module):
         arguments.relu(act)
         self.act = act
 
+    @named
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         same = isinstance(residual, Tensor) and x.shape == residual.shape and x.dtype is residual.dtype
         fits = same and layout.dense(x) is x

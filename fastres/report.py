@@ -79,5 +79,61 @@ class Report:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class BlockMemory:
+    """What one fused block keeps from forward to backward.
+
+    Attributes:
+        name: its path, "" for the model itself: what is outside of all other blocks, its stem and classifier.
+        form: "keep" (the outputs of convolutions are saved) or "recompute" (computed again in backward).
+        algebraic: whether its last convolution saves no output anyway (fastres::conv1x1_bn_act).
+        fast_bytes, expected_bytes: in the fast form and in this one, from shapes alone. A tensor that two blocks keep
+            counts for the first.
+    """
+
+    name: str
+    form: str
+    algebraic: bool
+    fast_bytes: int
+    expected_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What fuse_(model, memory="low") chose, and what it saves in a training step on the example.
+
+    Attributes:
+        blocks: in the order of the model.
+        fast_bytes, expected_bytes: sums for the whole model, without parameters and buffers.
+        measured_bytes: counted in a forward on the example; None for one on the meta device.
+    """
+
+    blocks: list[BlockMemory]
+    fast_bytes: int
+    expected_bytes: int
+    measured_bytes: int | None
+
+    def __str__(self) -> str:
+        def mib(count: int) -> str:
+            return f"{count / 2**20:.1f}"
+
+        lines = [f"  memory for backward: {mib(self.fast_bytes)} MiB fast, {mib(self.expected_bytes)} MiB so, expected"]
+        if self.measured_bytes is not None:
+            lines[0] += f"; {mib(self.measured_bytes)} MiB measured"
+        lines += [
+            f"    {b.name or '(stem)'}: {b.form}{', algebraic' if b.algebraic else ''}, {mib(b.fast_bytes)} MiB fast, "
+            f"{mib(b.expected_bytes)} MiB so"
+            for b in self.blocks
+        ]
+        return "\n".join(lines)
+
+
+@dataclass
 class FuseReport(Report):
-    """What fuse_ changed: `fused` means that the operation's block now has a fast path."""
+    """What fuse_ changed: `fused` means that the operation's block now has a fast path. `memory`: what memory="low"
+    chose."""
+
+    memory: MemoryReport | None = None
+
+    def __str__(self) -> str:
+        return super().__str__() + ("" if self.memory is None else f"\n{self.memory}")

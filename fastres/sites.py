@@ -16,7 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import arguments, batch_norm, config, folding, functional, observe, ops, reasons, replay
+from fastres import (
+    arguments,
+    batch_norm,
+    config,
+    folding,
+    functional,
+    hooks,
+    managed,
+    observe,
+    ops,
+    reasons,
+    replay,
+    switches,
+)
 from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution as convolution_kernel
 from fastres.kernels import extension, program, table
@@ -40,7 +53,8 @@ def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.
         children: the modules the fast path would not call, under the names of their roles: conv, bn, relu or maxpool,
             with or without a number.
     """
-    reason = reason or _input_blocked(x) or _children_blocked(x, children)
+    reason = reason or managed.reason(block, "the block") or _input_blocked(x) or switches.reason(block, x)
+    reason = reason or _children_blocked(x, children)
     if observe.listener is not None:
         observe.listener(block, reason)
     return reason
@@ -66,7 +80,7 @@ def chain_of_blocks(
     ):
         return forward(x)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    inputs = (x.shape, x.dtype, channels_last, config.winograd, table.setting())
+    inputs = (x.shape, x.dtype, channels_last, config.winograd, table.setting(), switches.epoch())
     return replay.chain_of_blocks(owner, parts, forwards, x, inputs, forward)
 
 
@@ -78,7 +92,7 @@ def together(network: nn.Module, x: Any) -> AbstractContextManager[None]:
     if not table.fused_kernel_serves("update_all_running_stats_", ([x],)):
         return nullcontext()
     modules = list(network.modules())
-    if any(_GLOBAL_HOOKS) or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+    if any(_GLOBAL_HOOKS) or any(map(hooks.hooked, modules)):
         return nullcontext()  # a hook may look at running statistics
     return _together([m for m in modules if type(m) is nn.Conv2d], x)
 
@@ -113,6 +127,39 @@ def _input_blocked(x: Any) -> str | None:
     return None
 
 
+def step_blocked(x: Any, conv: Any, bn: Any) -> str | None:
+    """Why act(bn(conv(x)) + ...) may not run fused on this x, for modules that may be replaced (`child_blocked`) or
+    stand for one that is (fastres.batch_norm.Frozen). None for a convolution or batch norm that is not part of it."""
+    reason = _input_blocked(x)
+    if reason is None and conv is not None:
+        reason = _conv_blocked(conv, x, registration.autocast_enabled(x.device.type))
+    if reason is None and bn is not None:
+        reason = batch_norm.blocked(bn, x)
+    return reason
+
+
+def add_blocked(x: Any, residual: Any) -> str | None:
+    """Why relu(x + residual) may not run fused, or None."""
+    if reason := _input_blocked(x) or _input_blocked(residual):
+        return reason
+    if x.shape != residual.shape or x.dtype is not residual.dtype or x.stride() != residual.stride():
+        return "the two sides of the addition differ in shape, dtype or layout"
+    return None if x.device == residual.device else f"an addition of {x.device} and {residual.device}"
+
+
+def add_act(x: Tensor, residual: Tensor, *, act: str) -> Tensor:
+    """act(x + residual), where `add_blocked` has nothing against it."""
+    y = functional.add_act(x, residual, act=act)
+    replay.note(lambda x, residual, relu: functional.add_act(x, residual, act=act), x, residual, act == "relu", y)
+    return y
+
+
+def tell(module: nn.Module, reason: str | None) -> None:
+    """Tells the listener about `module`."""
+    if observe.listener is not None:
+        observe.listener(module, reason)
+
+
 def _children_blocked(x: Tensor, children: dict[str, nn.Module]) -> str | None:
     cast = registration.autocast_enabled(x.device.type)
     for role, child in children.items():
@@ -139,6 +186,8 @@ _ROLES: dict[str, dict[Any, Any]] = {
 
 def child_blocked(role: str, child: nn.Module) -> str | None:
     """Why a child may not be replaced by fused code whatever its input is, or None."""
+    if reason := managed.reason(child, role):
+        return reason
     forwards = _ROLES.get(role) or _ROLES[role.rstrip("0123456789")]
     kind = type(child)
     if kind not in forwards:
@@ -146,13 +195,27 @@ def child_blocked(role: str, child: nn.Module) -> str | None:
         return reasons.because("unknown-module", f"{role} is a {kind.__name__}, not a plain {plain}")
     if kind.forward is not forwards[kind]:
         return reasons.because("own-forward", f"{kind.__name__}.forward was replaced")
-    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+    if reason := child_changed(role, child):
+        return reason
+    if kind is nn.Conv2d:
+        return padding_blocked(child)
+    return _max_pool_blocked(child) if kind is nn.MaxPool2d else None
+
+
+def padding_blocked(conv: Any) -> str | None:
+    """Why ops do not serve the padding of a convolution, or None."""
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return reasons.because("geometry", f"padding {conv.padding!r}, mode {conv.padding_mode!r}")
+    return None
+
+
+def child_changed(role: str, child: nn.Module) -> str | None:
+    """Why calling a child does more than to run the forward of its class, or None."""
+    if hooks.hooked(child):
         return reasons.because("hook", f"hooks on {role}")
     if "forward" in child.__dict__:
         return reasons.because("own-forward", f"{role} has its own forward")
-    if kind is nn.Conv2d and (child.padding_mode != "zeros" or isinstance(child.padding, str)):
-        return reasons.because("geometry", f"padding {child.padding!r}, mode {child.padding_mode!r}")
-    return _max_pool_blocked(child) if kind is nn.MaxPool2d else None
+    return None
 
 
 def _conv_blocked(conv: nn.Conv2d, x: Tensor, cast: bool) -> str | None:
@@ -175,10 +238,19 @@ def _max_pool_blocked(pool: Any) -> str | None:
     return None
 
 
-def bn_act(bn: BatchNorm, x: Tensor, *, act: str, residual: Tensor | None = None, recompute: bool = False) -> Tensor:
-    """act(bn(x) + residual) with the module's attributes as they are now. recompute: as in fastres.functional."""
+def bn_act(
+    bn: BatchNorm,
+    x: Tensor,
+    *,
+    act: str,
+    residual: Tensor | None = None,
+    recompute: bool = False,
+    promote: bool = False,
+) -> Tensor:
+    """act(bn(x) + residual) with the module's attributes as they are now. recompute: as in fastres.functional; promote:
+    a residual of another shape or dtype is added as by `+`, else as by `+=`."""
     if residual is not None and not _fits(residual, x.shape, x):
-        return _add_separately(bn_act(bn, x, act="identity"), residual, act)
+        return _add_separately(bn_act(bn, x, act="identity"), residual, act, promote)
     observe.stand_for(bn)
     y = functional.bn_act(
         x,
@@ -216,9 +288,18 @@ def stem(block: nn.Module, x: Tensor, conv: Any, bn: Any, relu: Any, maxpool: An
     """maxpool(relu(bn(conv(x)))) of `block` in one pass, in inference and where that is legal and a kernel has it; else
     None."""
     children = {"conv": conv, "bn": bn, "relu": relu, "maxpool": maxpool}
-    if _input_blocked(x) or _children_blocked(x, children) or bn.training or not folding.packs(x):
+    if _input_blocked(x) or _children_blocked(x, children):
         return None
-    if torch.is_grad_enabled() and wants_gradient(conv, bn, x, None):
+    y = conv_bn_relu_maxpool(conv, bn, maxpool, x)
+    if y is not None and observe.listener is not None:
+        observe.listener(block, None)
+    return y
+
+
+def conv_bn_relu_maxpool(conv: nn.Conv2d, bn: BatchNorm, maxpool: Any, x: Tensor) -> Tensor | None:
+    """maxpool(relu(bn(conv(x)))) in one pass, in inference and where a kernel has it; else None. The caller has asked
+    whether it is legal."""
+    if bn.training or not folding.packs(x) or (torch.is_grad_enabled() and wants_gradient(conv, bn, x, None)):
         return None
     kept = folding.folded(conv, bn, x)
     if kept is None or not isinstance(kept[0], convolution_kernel.Packed):
@@ -227,8 +308,6 @@ def stem(block: nn.Module, x: Tensor, conv: Any, bn: Any, relu: Any, maxpool: An
     run = kept[0].then_maxpool(*window)
     if run is None or min(pooled(size, *window) for size in kept[1][2:]) < 1:  # eager has its own error for that
         return None
-    if observe.listener is not None:
-        observe.listener(block, None)
     observe.ran((conv, bn, maxpool), "conv_maxpool", kept[0].kernel)
     y = run(x, None, True)
     replay.note(run, x, None, True, y)
@@ -239,33 +318,27 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """conv(x): in inference with packed weights, else conv_bias_act; the module itself where that is not legal."""
     if _input_blocked(x) or _children_blocked(x, {"conv": conv}) or x.dtype is torch.float64:
         return conv(x)
-    if not (torch.is_grad_enabled() and wants_gradient(conv, None, x, None)) and (
-        kept := folding.folded(conv, None, x)
-    ):
-        return _run_folded(kept[0], (conv,), x, None, False)
-    stride, padding, dilation, groups = folding.geometry(conv)
-    observe.stand_for(conv)
-    return functional.conv_bias_act(
-        x,
-        conv.weight,
-        conv.bias,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        act="identity",
-    )
+    return conv_act(conv, x, act="identity")
 
 
 def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
-    """conv(x) + residual: in inference with packed weights, else conv_bias_act. The caller has asked `blocked`."""
+    """conv(x) + residual, as conv_act."""
+    return conv_act(conv, x, act="identity", residual=residual)
+
+
+def conv_act(conv: nn.Conv2d, x: Tensor, *, act: str, residual: Tensor | None = None, promote: bool = False) -> Tensor:
+    """act(conv(x) + residual): in inference with packed weights, else conv_bias_act. The caller has asked `blocked`.
+    promote: as in `bn_act`."""
+    relu = act == "relu"
     if not (torch.is_grad_enabled() and wants_gradient(conv, None, x, residual)):
         kept = folding.folded(conv, None, x)
-        if kept is not None and _fits(residual, kept[1], x):
-            return _run_folded(kept[0], (conv,), x, residual, False)
+        if kept is not None and (residual is None or _fits(residual, kept[1], x)):
+            return _run_folded(kept[0], (conv,), x, residual, relu)
     stride, padding, dilation, groups = folding.geometry(conv)
-    shape = arguments.check_convolution(x, conv.weight, conv.bias, (stride, padding, dilation, groups))
-    fits = _fits(residual, shape, x)
+    fits = residual is None
+    if residual is not None:
+        shape = arguments.check_convolution(x, conv.weight, conv.bias, (stride, padding, dilation, groups))
+        fits = _fits(residual, shape, x)
     observe.stand_for(conv)
     y = functional.conv_bias_act(
         x,
@@ -276,9 +349,10 @@ def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
         padding=padding,
         dilation=dilation,
         groups=groups,
-        act="identity",
+        act=act if fits else "identity",
+        recompute_conv=switches.recomputes(conv),
     )
-    return y if fits else _add_separately(y, residual, "identity")
+    return y if fits else _add_separately(y, residual, act, promote)
 
 
 def zero_pad(shortcut: Any, x: Tensor) -> Tensor:
@@ -331,9 +405,11 @@ def conv_bn_act(
     residual: Tensor | None = None,
     recompute: bool = False,
     fork: list[Tensor] | None = None,
+    promote: bool = False,
 ) -> Tensor:
     """act(bn(conv(x)) + residual): in inference one convolution with folded, packed weights, else conv_bn_act.
-    recompute, for results that do not leave the block, and fork: as in fastres.functional.conv_bn_act."""
+    recompute, for results that do not leave the block, and fork: as in fastres.functional.conv_bn_act; promote: as in
+    `bn_act`."""
     if not bn.training and not (torch.is_grad_enabled() and wants_gradient(conv, bn, x, residual)):
         kept = folding.folded(conv, bn, x)
         if kept is not None and (residual is None or _fits(residual, kept[1], x)):
@@ -344,7 +420,7 @@ def conv_bn_act(
     # Its errors come before the batch is counted.
     shape = arguments.check_convolution(x, conv.weight, conv.bias, geometry)
     if residual is not None and not _fits(residual, shape, x):
-        return _add_separately(conv_bn_act(conv, bn, x, act="identity"), residual, act)
+        return _add_separately(conv_bn_act(conv, bn, x, act="identity", fork=fork), residual, act, promote)
     observe.stand_for(conv, bn)
     return functional.conv_bn_act(
         x,
@@ -361,6 +437,7 @@ def conv_bn_act(
         act=act,
         **batch_norm.options(bn),
         recompute=recompute,
+        recompute_conv=switches.recomputes(conv),
         fork=fork,
     )
 
@@ -382,9 +459,12 @@ def _fits(residual: Any, shape: Any, x: Tensor) -> bool:
     return residual.shape == torch.Size(shape) and residual.device == x.device and (cast or residual.dtype is x.dtype)
 
 
-def _add_separately(y: Tensor, residual: Any, act: str) -> Tensor:
+def _add_separately(y: Tensor, residual: Any, act: str, promote: bool) -> Tensor:
     replay.spoil()
-    y += residual
+    if promote:
+        y = y + residual
+    else:
+        y += residual
     return y.relu() if act == "relu" else y
 
 

@@ -8,6 +8,7 @@
     python3 scripts/dev.py kernel-report [arguments]     what compilers make of the Triton kernels, for GPUs not here
     python3 scripts/dev.py test-triton [pytest arguments]  the tests of the Triton kernels with the oldest Triton
     python3 scripts/dev.py bench-gpu [arguments]         benchmarks/gpu.py: everything about a GPU
+    python3 scripts/dev.py sweep [arguments]             scripts/sweep.py: every model of timm, torchvision and others
     python3 scripts/dev.py lint | format                 checks, or mends, style and types
     python3 scripts/dev.py python [arguments]            Python, in the environment of the tests
 
@@ -33,20 +34,22 @@ VENV = ROOT / ".venv"
 TORCH = "torch==2.13.0"
 OLDEST, NEWEST = (2, 11), (2, 14)
 EXTRAS = {
-    "test": ["test"],
+    "test": ["test", "timm"],
     "bench": ["bench", "peers"],
     "bench-ops": ["test"],
     "bench-cpu": ["bench", "peers", "ncnn"],
     "kernel-report": ["test"],
     "test-triton": ["test"],
     "bench-gpu": ["bench"],
+    "sweep": ["test", "timm", "sweep"],
     "lint": ["lint"],
     "format": ["lint"],
     "python": ["test"],
 }
 # the oldest Triton that a supported PyTorch brings; its interpreter fails with newer NumPy
 OLD_TRITON = ["triton==3.6.0", "numpy>=2,<2.4"]
-OPTIONAL_EXTRAS = {"peers", "ncnn"}  # what is not to be had here is left out
+OPTIONAL_EXTRAS = {"peers", "ncnn", "timm", "sweep"}  # what is not to be had here is left out
+BESIDE_TORCH = {"timm", "segmentation-models-pytorch"}  # their dependencies might replace the PyTorch
 BUILD_VARIABLES = ("CXX", "CXXFLAGS", "LDFLAGS", "FASTRES_BUILD_EXT", "FASTRES_SANITIZE", "FASTRES_TORCH_DIR")
 BUILD_VARIABLES += ("FASTRES_CUDA", "FASTRES_CUDA_ARCHS")
 
@@ -213,7 +216,8 @@ def install_extra(python: str, extra: str) -> bool:
         if not pip(python, *wanted, what=", ".join(wanted)):
             fail(f"could not install the packages of the extra {extra!r}")
         return True
-    missing = [name for name in wanted if not pip(python, name, what=name)]
+    alone = {name: ["--no-deps"] if name in BESIDE_TORCH else [] for name in wanted}
+    missing = [name for name in wanted if not pip(python, *alone[name], name, what=name)]
     if missing:
         say(f"going on without {', '.join(missing)}")
     return not missing
@@ -250,6 +254,7 @@ def commands(name: str, python: str, arguments: list[str]) -> list[list[str]]:
         "kernel-report": [[python, "scripts/kernel_report.py", *arguments]],
         "test-triton": [[*module, "pytest", *(arguments or triton_tests)]],
         "bench-gpu": [[python, "benchmarks/gpu.py", *arguments]],
+        "sweep": [[python, "scripts/sweep.py", *arguments]],
         "python": [[python, *arguments]],
         "lint": [
             [*module, "ruff", "check"],

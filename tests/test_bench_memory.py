@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastres.bench.saved import SavedTensors
 from fastres.kernels import extension
+from fastres.saved import SavedTensors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 memory = importlib.import_module("memory")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastres import models
 from fastres.errors import UserError
-from fastres.images import IMAGENET_MEAN, IMAGENET_STD, _open, calibrate_, photographs
+from fastres.images import IMAGENET_MEAN, IMAGENET_STD, calibrate_, open_image, photographs
 
 pytest.importorskip("PIL", reason="Pillow is not installed")
 
@@ -79,7 +79,7 @@ def test_camera_orientation_is_respected(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.png", exif=exif)
-    upright = _open(tmp_path / "turned.png")
+    upright = open_image(tmp_path / "turned.png")
     assert upright.size == (10, 20)
     assert upright.getpixel((5, 2)) == (255, 0, 0) and upright.getpixel((5, 17)) == (0, 0, 255)
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import functional, models, replay
-from fastres.bench.saved import SavedTensors
 from fastres.kernels import extension
+from fastres.saved import SavedTensors
 
 #: Networks: class, block, options.
 NETWORKS: dict[str, tuple[Any, Any, dict[str, Any]]] = {

@@ -102,6 +102,21 @@ def test_wheel(tree):
     assert b"fastres = fastres.cli:main" in entry_points and b"fastres_pytest = fastres_pytest" in entry_points
 
 
+def test_pure_wheel(tree):
+    """For every platform, with the reason in it."""
+    setup(tree, "bdist_wheel", FASTRES_BUILD_EXT="0")
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert re.fullmatch(r"fastres-[\d.]+-py3-none-any\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert not [name for name in names if name.endswith(".so") or ".data/" in name]
+        assert (
+            json.loads(archive.read("fastres/_build_info.json"))["error"]
+            == "fastres was built with FASTRES_BUILD_EXT=0"
+        )
+    assert {"fastres/py.typed", "fastres/cli.py"} <= set(names)
+
+
 def test_source_distribution_can_be_compiled(tree):
     setup(tree, "sdist", "--formats=zip")
     (archive,) = (tree / "dist").glob("*.zip")
@@ -352,6 +367,15 @@ def test_missing_peer_is_left_out_and_said(dev, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="'bench'"):
         monkeypatch.setattr(dev, "pip", lambda python, *a, what, quiet=True: False)
         dev.install_extra("python", "bench")
+
+
+def test_libraries_of_models_do_not_replace_torch(dev, monkeypatch):
+    listed = 'timm; extra == "timm"\ntransformers; extra == "sweep"\nsegmentation-models-pytorch; extra == "sweep"'
+    asked = []
+    monkeypatch.setattr(dev, "ask", lambda python, code: listed)
+    monkeypatch.setattr(dev, "pip", lambda python, *a, what, quiet=True: asked.append(a) or True)
+    assert dev.install_extra("python", "timm") and dev.install_extra("python", "sweep")
+    assert asked == [("--no-deps", "timm"), ("transformers",), ("--no-deps", "segmentation-models-pytorch")]
 
 
 @pytest.mark.parametrize(

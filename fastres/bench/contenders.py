@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastres.bench.saved import SavedTensors
 from fastres.bench.task import Task, build_model
+from fastres.saved import SavedTensors
 
 
 class Contender(ABC):

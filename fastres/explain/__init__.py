@@ -170,7 +170,8 @@ def _ran(
         swapped = isinstance(block, FusedModule)
         why = because("not-run", "did not run") if swapped else because("not-swapped", "not swapped: call fuse_")
         return replace(row, fused=False, reason=why)
-    if reason := outcome.get(owner, outcome.get(block)):
+    # A unit says of single modules that they did not run fused, where the rest of it did.
+    if reason := outcome.get(owner, outcome.get(block)) or outcome.get(module):
         return replace(row, fused=False, reason=reason)
     return row
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastres import layout
+from fastres.errors import UserError
 
 FOLDER = Path(__file__).with_name("choices")
 
@@ -23,7 +24,28 @@ def rules(index: int) -> dict[str, list[dict[str, Any]]]:
         return {}  # GPUs of AMD have other names
     major, minor = torch.cuda.get_device_capability(index)
     path = FOLDER / f"sm_{major}{minor}.json"
-    return json.loads(path.read_text())["ops"] if path.is_file() else {}
+    return read(path) if path.is_file() else {}
+
+
+def read(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rules in a file, checked.
+
+    Raises:
+        UserError: if it cannot be read, or says anything else than choices/README.md does.
+    """
+    try:
+        ops = json.loads(path.read_text())["ops"]
+        wrong = [f"{op}: {rule}" for op, rules in ops.items() for rule in rules if not _is_rule(rule)]
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no file of choices: {type(error).__name__}: {error}") from error
+    if wrong:
+        raise UserError(f"{path} has a rule that is none: {wrong[0]:.100}")
+    return ops
+
+
+def _is_rule(rule: Any) -> bool:
+    kinds = {"kernel": str, "channels_last": bool, "most_bytes": int}
+    return "kernel" in rule and all(type(value) is kinds.get(name) for name, value in rule.items())
 
 
 def preferred(op: str, x: Tensor) -> str | None:

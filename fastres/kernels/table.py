@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastres import reference, reference_join, synchronised_reference
-from fastres.kernels import choices, convolution, cpu, cuda, cudnn, onednn, triton
+from fastres.kernels import choices, convolution, cpu, cuda, cudnn, onednn, persistent, triton
 
 
 class PackedConvolution(Protocol):
@@ -67,6 +67,11 @@ def _triton(op: str, module: str, why_not: Callable[..., str | None] = triton.wh
 
 def _cuda(op: str, why_not: Callable[..., str | None] = cuda.why_not) -> Kernel:
     return Kernel("cuda", getattr(cuda, op), cuda.unavailable, why_not)
+
+
+def _persistent(op: str, why_not: Callable[..., str | None]) -> Kernel:
+    """Behind "cuda", which serves all that it does: only a measured choice, or force, brings it to the front."""
+    return Kernel("cuda_persistent", getattr(persistent, op), cuda.unavailable, why_not)
 
 
 _BATCH_NORM_OPS = (
@@ -132,12 +137,23 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
     **{
         (op, "cuda"): [_triton(op, module), _cuda(op), _reference(op)]
         for module, ops in (
-            ("batch_norm", ("bn_act", "bn_act_backward")),
             ("join", ("bn_add_bn_act", "bn_add_bn_act_backward")),
             ("elementwise", ("add_act", "add_act_backward")),
         )
         for op in ops
     },
+    ("bn_act", "cuda"): [
+        _triton("bn_act", "batch_norm"),
+        _cuda("bn_act"),
+        _persistent("bn_act", persistent.why_not),
+        _reference("bn_act"),
+    ],
+    ("bn_act_backward", "cuda"): [
+        _triton("bn_act_backward", "batch_norm"),
+        _cuda("bn_act_backward"),
+        _persistent("bn_act_backward", persistent.backward_why_not),
+        _reference("bn_act_backward"),
+    ],
     ("bn_act_maxpool", "cuda"): [
         _triton("bn_act_maxpool", "pool", triton.bn_act_maxpool_why_not),
         _cuda("bn_act_maxpool"),
@@ -165,11 +181,13 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
     ("conv_bn_act", "cuda"): [
         _triton("conv_bn_act", "convolution_ops", triton.conv_bn_act_why_not),
         _cuda("conv_bn_act", cuda.conv_bn_act_why_not),
+        _persistent("conv_bn_act", persistent.conv_bn_act_why_not),
         _reference("conv_bn_act"),
     ],
     ("conv_bn_act_backward", "cuda"): [
         _triton("conv_bn_act_backward", "convolution_ops", triton.conv_bn_act_backward_why_not),
         _cuda("conv_bn_act_backward", cuda.conv_bn_act_backward_why_not),
+        _persistent("conv_bn_act_backward", persistent.conv_bn_act_backward_why_not),
         _reference("conv_bn_act_backward"),
     ],
     ("update_running_stats_", "cuda"): [
@@ -197,14 +215,33 @@ OPS = (
 _UPDATES = ("update_running_stats_", "update_all_running_stats_")  # a few values a channel: not worth forcing
 
 _forced: tuple[str, ...] | None = None
+_meta_is: str | None = None
+
+
+@contextmanager
+def meta_is(device_type: str) -> Iterator[None]:
+    """Inside the `with` block, tensors of the meta device, which have shapes but no values, go the ways of those of
+    `device_type`: to see what a call would save, without making it."""
+    global _meta_is
+    before, _meta_is = _meta_is, device_type
+    try:
+        yield
+    finally:
+        _meta_is = before
+
+
+def device_type(x: Tensor) -> str:
+    """The type of x's device, or of the one that it stands for."""
+    return _meta_is if _meta_is is not None and x.is_meta else x.device.type
 
 
 def kernels(op: str, device_type: str) -> list[Kernel]:
-    """The kernels of `op` on a device type, best first; only the forced ones inside `use_kernels`."""
+    """The kernels of `op` on a device type, best first; inside `use_kernels` only the forced ones, in their order."""
+    device_type = _meta_is if _meta_is is not None and device_type == "meta" else device_type
     found = TABLE.get((op, device_type)) or [_reference(op)]
     if _forced is None or op in _UPDATES:
         return found
-    return [kernel for kernel in found if kernel.name in _forced]
+    return [kernel for name in _forced for kernel in found if kernel.name == name]
 
 
 def _first(args: tuple[Any, ...]) -> Tensor:
@@ -291,8 +328,8 @@ def use_kernels(*names: str) -> Iterator[None]:
     """Only the named kernels serve inside the `with` block, in the whole process: for tests and benchmarks.
 
     Args:
-        names: "reference", "cpu", "onednn", "triton", "cuda", "cudnn"; in the table's order of preference, whatever
-            the order here.
+        names: "reference", "cpu", "onednn", "triton", "cuda", "cuda_persistent", "cudnn"; the first that may serve a
+            call does.
 
     Raises:
         ValueError: for a name that no kernel has.

@@ -1,4 +1,4 @@
-"""Reading checkpoints: never runs code from the file, never leaves a model half loaded."""
+"""Reading checkpoints: never runs code from the file, never leaves a model half loaded. SECURITY.md says more."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fastres.errors import UserError
 
-__all__ = ["check_fits", "load_checkpoint", "read_state_dict"]
+__all__ = ["check_fits", "load_checkpoint", "read_state_dict", "torch_load"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,6 +67,8 @@ def read_state_dict(path: str | os.PathLike[str], expected: Mapping[str, Any]) -
 def _read(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "no such checkpoint", str(path))
+    if not path.is_dir() and not path.is_file():  # opening a pipe would wait for who writes to it
+        raise UserError(f"cannot read checkpoint {path}: not a regular file")
     try:
         path.open("rb").close()
     except OSError as error:
@@ -77,7 +80,7 @@ def _read(path: Path) -> Any:
             raise UserError(f"reading {path} needs safetensors: pip install 'fastres[safetensors]'") from error
         read: Any = load_file
     else:
-        read = _torch_load
+        read = torch_load
     # A damaged file makes the readers raise nearly anything: KeyError, UnicodeDecodeError, RuntimeError, OSError, ...
     try:
         return read(path)
@@ -85,7 +88,17 @@ def _read(path: Path) -> Any:
         raise UserError(f"cannot load checkpoint {path}: {_reason(error)}") from error
 
 
-def _torch_load(path: Path) -> Any:
+def torch_load(path: Path) -> Any:
+    """What a file of torch.save holds, tensors on the CPU; objects other than tensors and plain containers are refused.
+
+    A damaged file raises nearly anything.
+    """
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\3\4"
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its parts are larger than the file; torch.save does not compress")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected pickle protocol")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -129,9 +142,23 @@ def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path
         for key, value in state.items()
         if key in expected and value.shape != expected[key].shape
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "other shape": shapes}
+    kinds = [
+        f"{key} {_kind(value)}" for key, value in state.items() if key in expected and not _copies(value, expected[key])
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "other shape": shapes, "of another kind": kinds}
     if text := "; ".join(f"{what}: {_first(keys)}" for what, keys in problems.items() if keys):
         raise UserError(f"checkpoint {path} does not fit the model: {text}")
+
+
+def _copies(value: Tensor, into: Tensor) -> bool:
+    """Whether value can be copied into a tensor without loss of more than precision."""
+    plain = value.layout is torch.strided and not value.is_quantized and not value.is_nested and not value.is_meta
+    return plain and (into.is_complex() or not value.is_complex())
+
+
+def _kind(value: Tensor) -> str:
+    what = str(value.dtype).removeprefix("torch.")
+    return what + (" on no device" if value.is_meta else "" if value.layout is torch.strided else f" {value.layout}")
 
 
 def _first(keys: list[str], count: int = 3) -> str:

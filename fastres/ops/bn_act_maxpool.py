@@ -1,7 +1,8 @@
 """fastres::bn_act_maxpool: max_pool2d(act(batch_norm(x))), the tail of a ResNet's stem, without writing the normalised
 activation.
 
-Saved for backward: x, mean, var, and a byte per pooled value: which element of its window was the maximum.
+Saved for backward: x (or what it is made from, see recompute.py), mean, var, and a byte per pooled value: which element
+of its window was the maximum.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import layout, reference
-from fastres.ops import registration
+from fastres.ops import recompute, registration
 
 
 def pooled(size: Any, kernel: int, stride: int, padding: int) -> Any:
@@ -84,14 +85,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, mean, var, index = output
     ctx.mark_non_differentiable(mean, var, index)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, mean, var, index)
+    recompute.save(ctx, x, (weight, bias, mean, var, index))
     ctx.options = tuple(options)
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_y is None:
         return (None,) * 11
-    x, weight, bias, mean, var, index = ctx.saved_tensors
+    x, (weight, bias, mean, var, index) = recompute.saved(ctx)
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         training, eps, relu, kernel, stride, padding = ctx.options

@@ -152,6 +152,25 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     )
 
 
+def remake(ctx: Any, residual: tuple[Any, ...]) -> Tensor:
+    """The output of a call with a ReLU, computed again from what it saved and its residual, with the statistics of
+    forward."""
+    x, tensors = recompute.saved(ctx)
+    recompute.wait(ctx, x, tensors)
+    conv_weight, weight, bias, mean, var, *_ = tensors
+    return op(x, conv_weight, weight, bias, mean, var, *residual, False, ctx.options[1], True, False)[0]
+
+
+def again_with_residual(ctx: Any, residual: tuple[Any, ...]) -> Tensor:
+    """The same with its history."""
+    x, (conv_weight, weight, bias, mean, var, _, _, mask) = recompute.saved(ctx)
+    training, eps = ctx.options
+    statistics = None if training else (mean, var)
+    z = conv_bn_act._plain(x, conv_weight, None, weight, bias, statistics, None, _GEOMETRY, eps, False) + residual[0]
+    y = torch.where(layout.unpack_mask(mask, z.shape, ctx.channels_last), z, 0.0)
+    return layout.in_format(y.to(x.dtype), torch.channels_last)
+
+
 call = registration.differentiable(op, _setup_context, _backward)
 
 

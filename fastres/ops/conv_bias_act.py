@@ -69,6 +69,20 @@ def _eager_backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     return _backward(ctx, grad_y, eager=True)
 
 
+def remake(ctx: Any, bias: tuple[Any, ...]) -> Tensor:
+    """The output of a call without residual and ReLU, computed again from what it saved and its bias."""
+    x, tensors = recompute.saved(ctx)
+    recompute.wait(ctx, x, tensors)
+    return op(x, tensors[0], registration.to_dtype(bias[0], x.dtype), None, *ctx.geometry, False)
+
+
+def again(ctx: Any, bias: tuple[Any, ...]) -> Tensor:
+    """The same with its history."""
+    x, (weight, _) = recompute.saved(ctx)
+    y = reference.convolution(x, weight, bias[0], *ctx.geometry).to(x.dtype)
+    return layout.in_format(y, reference.conv_format(x, weight))
+
+
 call = registration.differentiable(op, _setup_context, _backward, _eager_backward)
 
 

@@ -1,7 +1,7 @@
 """fastres::conv_bn_act: act(batch_norm(conv(x)) + residual), where a gradient is wanted or batch statistics are used.
 
-Saved for backward: x (or what it is made from, see recompute.py), the raw convolution output, mean, var, and with
-residual and ReLU a mask of 1 bit a value.
+Saved for backward: x (or what it is made from, see recompute.py), the raw convolution output (or nothing in its place:
+`call_again`), mean, var, and with residual and ReLU a mask of 1 bit a value.
 """
 
 from __future__ import annotations
@@ -104,6 +104,15 @@ backward_op = registration.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output, output[1])
+
+
+def _setup_without_raw(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """The convolution is computed again in backward, instead of its output being saved."""
+    _save(ctx, inputs, output, None)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], kept: Tensor | None) -> None:
     x, conv_weight, conv_bias, weight, bias, _, _, residual, *geometry, training, eps, relu, _ = inputs
     _, raw, mean, var, mask = output
     masked = residual is not None and relu
@@ -111,8 +120,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         raise RuntimeError("fastres::conv_bn_act: gradients through a residual and a ReLU need save_mask=True")
     ctx.mark_non_differentiable(raw, mean, var, mask)
     ctx.set_materialize_grads(False)
-    recompute.save(ctx, x, (conv_weight, conv_bias, raw, weight, bias, mean, var, mask if masked else None))
+    recompute.save(ctx, x, (conv_weight, conv_bias, kept, weight, bias, mean, var, mask if masked else None))
     ctx.geometry, ctx.options = tuple(geometry), (training, eps, relu)
+    ctx.shape, ctx.channels_last = raw.shape, layout.is_channels_last(raw)
 
 
 def _plain(
@@ -145,10 +155,10 @@ def second_order(
 
 
 def _second_order(ctx: Any, grad_y: Tensor, addend: Tensor | None) -> tuple[Any, ...]:
-    x, (conv_weight, conv_bias, raw, weight, bias, mean, var, mask) = recompute.saved(ctx)
+    x, (conv_weight, conv_bias, _, weight, bias, mean, var, mask) = recompute.saved(ctx)
     training, eps, relu = ctx.options
     need = ctx.needs_input_grad
-    keep = None if mask is None else layout.unpack_mask(mask, raw.shape, layout.is_channels_last(raw))
+    keep = None if mask is None else layout.unpack_mask(mask, ctx.shape, ctx.channels_last)
     grads = second_order(
         (x, conv_weight, conv_bias, weight, bias),
         need[:5],
@@ -176,6 +186,26 @@ def again(ctx: Any) -> Tensor:
     return layout.in_format(y.to(x.dtype), reference.conv_format(x, conv_weight))
 
 
+def remake(ctx: Any, residual: tuple[Any, ...]) -> Tensor:
+    """The output of a call, computed again from what it saved and its residual, with the statistics of forward."""
+    x, (conv_weight, conv_bias, _, weight, bias, mean, var, mask) = recompute.saved(ctx)
+    _, eps, relu = ctx.options
+    tensors = (conv_weight, conv_bias, weight, bias, mean, var, residual[0] if residual else None)
+    y, raw, *_ = op(x, *tensors, *ctx.geometry, False, eps, relu, False)
+    recompute.wait(ctx, x, (conv_weight, conv_bias, raw, weight, bias, mean, var, mask))
+    return y
+
+
+def again_with_residual(ctx: Any, residual: tuple[Any, ...]) -> Tensor:
+    """The output of a call with a residual and a ReLU, with its history."""
+    x, (conv_weight, conv_bias, _, weight, bias, mean, var, mask) = recompute.saved(ctx)
+    training, eps, _ = ctx.options
+    statistics = None if training else (mean, var)
+    z = _plain(x, conv_weight, conv_bias, weight, bias, statistics, None, ctx.geometry, eps, False) + residual[0]
+    y = torch.where(layout.unpack_mask(mask, ctx.shape, ctx.channels_last), z, 0.0)
+    return layout.in_format(y.to(x.dtype), reference.conv_format(x, conv_weight))
+
+
 def _backward(ctx: Any, grad_y: Tensor | None, *rest: Any) -> tuple[Any, ...]:
     addend = rest[4] if len(rest) > 4 else None  # of a forked call: the gradient of the input that it gave back
     if grad_y is None:
@@ -183,6 +213,9 @@ def _backward(ctx: Any, grad_y: Tensor | None, *rest: Any) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         return _second_order(ctx, grad_y, addend)
     x, (conv_weight, conv_bias, raw, weight, bias, mean, var, mask) = recompute.saved(ctx)
+    if raw is None:  # by the kernel that made it in forward: without a mask the ReLU's signs follow from it
+        given = (weight, bias, mean, var, None, *ctx.geometry, False, *ctx.options[1:], False)
+        raw = op(x, conv_weight, conv_bias, *given)[1]
     need_x, need_conv_weight, need_conv_bias, need_weight, need_bias, _, _, need_residual = ctx.needs_input_grad[:8]
     grad_x, grad_conv_weight, grad_conv_bias, grad_weight, grad_bias, masked_grad = backward_op(
         grad_y,
@@ -220,6 +253,11 @@ call = registration.differentiable(op, _setup_context, _backward)
 #: The same, and x as one more result: what is done with that one adds its gradient to x's within the convolution's
 #: backward, instead of by a pass of autograd's.
 call_forked = registration.forked(op, call, _setup_context, _backward)
+#: Which of its results that is.
+FORK = 5
+#: Both, with a convolution that is computed again.
+call_again = registration.variant(op, call, _setup_without_raw, _backward)
+call_again_forked = registration.forked(op, call, _setup_without_raw, _backward)
 
 
 def _cast(

@@ -28,6 +28,8 @@ __all__ = ["KINDS", "Kind", "read"]
 _PIXELS = 3 * 32 * 32
 #: No file of the archives is as large: more would be a decompression bomb.
 _MOST_BYTES = 256 << 20
+#: No archive is as large, unpacked.
+_MOST_BYTES_IN_ALL = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ KINDS = {
     ),
 }
 
+_DAMAGE = (EOFError, KeyError, OSError, RecursionError, TypeError, ValueError)
+
 Part = tuple[Tensor, Tensor]
 Found = tuple[Part, Part, list[str]]
 Read = Callable[[str], bytes]
@@ -117,20 +121,21 @@ def _guarded(source: Path, parse: Callable[[], Found]) -> Found:
     """What a damaged archive raises, in one line that names it."""
     try:
         return parse()
-    except (EOFError, KeyError, OSError, ValueError, pickle.UnpicklingError, tarfile.TarError, zlib.error) as error:
+    except (*_DAMAGE, pickle.UnpicklingError, tarfile.TarError, zlib.error) as error:
         what = f"no {error.args[0]!r} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise UserError(f"cannot read {source}: corrupt or incomplete ({what}); get it again") from error
 
 
 def _from_archive(archive: Path, folder: str, parse: Callable[[Read, Kind], Found], kind: Kind) -> Found:
-    with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+    # As a stream of blocks: what comes out of gzip is counted, also where tarfile skips over it.
+    with gzip.open(archive) as file, tarfile.open(fileobj=(stream := _Limited(file)), mode="r|") as tar:
         # One pass: a compressed archive has to be decompressed from the start for every step back.
         wanted = {f"{folder}/{n}{end}" for n in (*kind.train, *kind.test, kind.meta, kind.text) for end in ("", ".bin")}
         files: dict[str, bytes] = {}
         for member in tar:
             name = member.name.removeprefix("./")
             if name in wanted and member.isfile():
-                if member.size > _MOST_BYTES:
+                if member.size > _MOST_BYTES or member.issparse():
                     raise ValueError(f"{name} is larger than any file of {kind.name}")
                 content = tar.extractfile(member)
                 assert content is not None
@@ -138,6 +143,20 @@ def _from_archive(archive: Path, folder: str, parse: Callable[[Read, Kind], Foun
         while stream.read(1 << 20):  # to the end, where gzip compares the checksum
             pass
     return parse(lambda name: files[name], kind)
+
+
+class _Limited:
+    """A file that ends in an error where an archive would be larger, unpacked, than any that there is."""
+
+    def __init__(self, file: gzip.GzipFile) -> None:
+        self.file, self.left = file, _MOST_BYTES_IN_ALL
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(f"more than {_MOST_BYTES_IN_ALL >> 20} MB in it")
+        return data
 
 
 def _file(folder: Path, name: str) -> bytes:
@@ -198,7 +217,9 @@ def _pixels(data: Any) -> np.ndarray:
 def _unpickle(data: bytes) -> dict[str, Any]:
     try:
         content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
-    except (AttributeError, IndexError, TypeError, MemoryError, OverflowError, AssertionError) as error:
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
         raise pickle.UnpicklingError(f"damaged pickle: {type(error).__name__}") from error
     if not isinstance(content, dict):
         raise ValueError("a pickle that holds no dict")
@@ -235,8 +256,11 @@ class _Array:
         return np.frombuffer(self.data, np.uint8).reshape(self.shape)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows three names, which stand for the two classes above. Any other, such as os.system, is refused unseen."""
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the stubs lack it
+    """Knows three names, which stand for the two classes above. Any other, such as os.system, is refused unseen.
+
+    In Python, because the one in C makes room for as many values as a damaged or hostile file says (LONG_BINPUT).
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from fastres.errors import UserError
+from fastres.images import SUFFIXES, open_image
 from fastres.train import augment
 
 __all__ = ["ImageFolder"]
-
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class ImageFolder:
@@ -49,10 +48,10 @@ class ImageFolder:
             files = sorted(
                 p
                 for p in (self.folder / name).rglob("*")
-                if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".")
+                if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and not p.is_dir()
             )
             if not files:
-                raise UserError(f"no images in {self.folder / name} (looked for {' '.join(_SUFFIXES)})")
+                raise UserError(f"no images in {self.folder / name} (looked for {' '.join(SUFFIXES)})")
             self.files += files
             self.labels += [label] * len(files)
         self._seed = (0, 0)
@@ -80,14 +79,7 @@ class ImageFolder:
 
     def _image(self, index: int) -> np.ndarray:
         """uint8 (size, size, 3), RGB."""
-        from PIL import Image, ImageOps
-
-        path = self.files[index]
-        try:
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-            raise UserError(f"cannot read image {path}: {type(error).__name__}") from error
+        image = open_image(self.files[index], "train")
         if self.random:
             image = augment.random_resized_crop(image, self.size, np.random.default_rng((*self._seed, 1, index)))
         else:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastres.errors import UserError
+from fastres.models.checkpoint import check_fits
 from fastres.nn import convert_sync_batchnorm
 from fastres.train import checkpoint
 from fastres.train.batches import load_batches, normalised, per_channel
@@ -117,17 +118,33 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes to where `state` was made. Raises UserError if it is of other data."""
+        """Goes to where `state` was made. Raises UserError if it is of other data, or damaged."""
+        try:
+            self._load_state(state)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a part does that is not what it should be
+            what = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            raise UserError(f"the checkpoint is damaged, or of another network ({what})") from error
+
+    def _load_state(self, state: dict[str, Any]) -> None:
         if state["classes"] != self.data.classes:
             then, now = len(state["classes"]), len(self.data.classes)
             raise UserError(f"the data has other classes than at the checkpoint ({then} then, {now} now)")
         if state["samples"] != self.samples:
             raise UserError(f"the data has {self.samples} images to train, it had {state['samples']} at the checkpoint")
-        self.model.load_state_dict(state["model"])
+        check_fits(state["model"], self.model.state_dict(), "of the run")
+        if self.ema:
+            check_fits(state["ema"], self.ema.model.state_dict(), "of the run (moving average)")
+        progress = checkpoint.restored(Progress, state["progress"], self.path or Path(CHECKPOINT))
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, kept in self.optimizer.state.items():
+            if any(isinstance(value, Tensor) and value.shape != parameter.shape for value in kept.values()):
+                raise UserError("the checkpoint is damaged: the optimizer's state does not fit the weights")
+        self.model.load_state_dict(state["model"])
         if self.ema:
             self.ema.model.load_state_dict(state["ema"])
-        self.progress = Progress(**state["progress"])
+        self.progress = progress
         self._saved = self.progress.step
 
     def run(self) -> Progress:

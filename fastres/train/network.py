@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ import fastres
 from fastres import models
 from fastres.errors import UserError
 
-__all__ = ["build", "check_takes"]
+__all__ = ["build", "check_named", "check_takes"]
 
 
 def build(name: str, classes: int, *, fused: bool, seed: int) -> nn.Module:
@@ -39,6 +40,12 @@ def build(name: str, classes: int, *, fused: bool, seed: int) -> nn.Module:
         fastres.fuse_(model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs lack it
     return model
+
+
+def check_named(model: str, given: dict[str, Any]) -> None:
+    """Raises UserError if a checkpoint's model would be imported from elsewhere, unless the user has named it too."""
+    if ":" in model and given.get("model") != model:
+        raise UserError(f"the checkpoint asks for code of {model}; if that is yours, allow it with --model {model}")
 
 
 def check_takes(model: nn.Module, size: tuple[int, int], classes: int) -> None:

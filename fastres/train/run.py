@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,15 @@ def resume(folder: str | Path, **changes: Any) -> Progress:
         folder: of the run. changes: options, see `Options.changed`; moving the folder is no change.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint. UserError, Stopped: as in `train`.
+        FileNotFoundError: if there is no checkpoint. UserError, Stopped: as in `train`. UserError also if the model is
+            "package.module:callable" and `changes` do not name it: a file alone does not make us import anything.
     """
-    state = checkpoint.load(Path(folder) / CHECKPOINT)
-    options = Options(**{**state["options"], "out": str(folder)}).changed(changes)
+    path = Path(folder) / CHECKPOINT
+    state = checkpoint.load(path)
+    options = checkpoint.restored(Options, state.get("options"), path)
+    options.check()
+    network.check_named(options.model, changes)
+    options = dataclasses.replace(options, out=str(folder)).changed(changes)
     with world(options.device) as processes:
         return _run(options, processes, state)
 

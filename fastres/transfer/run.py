@@ -59,12 +59,15 @@ def resume(folder: str | Path, **changes: Any) -> History:
     Args:
         folder: of the run. changes: options of `FREE`.
 
-    Raises: as `transfer`.
+    Raises: as `transfer`, and UserError as `fastres.train.resume` for a model that is "package.module:callable".
     """
-    state = checkpoint.load(Path(folder) / CHECKPOINT)
+    path = Path(folder) / CHECKPOINT
+    state = checkpoint.load(path)
     if "transfer" not in state:
         raise UserError(f"{folder} is a run of fastres train, not of fastres transfer")
-    options = Options(**state["transfer"])
+    options = checkpoint.restored(Options, state["transfer"], path)
+    options.check()
+    network.check_named(options.model, changes)
     if wrong := [name for name, value in changes.items() if name not in FREE and getattr(options, name) != value]:
         raise UserError(f"a resumed run keeps its options; different are: {', '.join(wrong)}")
     with _world(options) as processes:

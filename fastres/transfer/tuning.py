@@ -52,9 +52,10 @@ class EarlyStopping(Trainer):
     def state(self) -> dict[str, Any]:
         return {**super().state(), "best": self._best}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
-        self._best = state["best"]
+    def _load_state(self, state: dict[str, Any]) -> None:
+        best = dict(state["best"])
+        super()._load_state(state)
+        self._best = best
 
     def _finished(self) -> bool:
         waited = self.progress.epoch - max(self.best_epoch, self.first)

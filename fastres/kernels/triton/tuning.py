@@ -41,11 +41,18 @@ def _read(path: str) -> dict[str, dict[str, Choice]]:
     """The file, read once in a process."""
     try:
         choices = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"config.triton_choices: {path} cannot be read: {error}") from error
-    if not isinstance(choices, dict) or not all(isinstance(of_device, dict) for of_device in choices.values()):
+    if not isinstance(choices, dict) or not all(map(_choices_of_device, choices.values())):
         raise UserError(f"config.triton_choices: {path} is not a file of tune()")
     return choices
+
+
+def _choices_of_device(found: object) -> bool:
+    """Whether it is what tune() writes for a device; `choose` compares the numbers with what works."""
+    return isinstance(found, dict) and all(
+        isinstance(choice, dict) and all(type(value) is int for value in choice.values()) for choice in found.values()
+    )
 
 
 def choose(

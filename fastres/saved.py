@@ -17,11 +17,13 @@ class SavedTensors:
     Attributes:
         bytes: sum over the storages.
         storages: how many there are.
+        label: of what runs now; storages that it is the first to keep count for it in `bytes_of`.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._own = {_address(t) for t in (*model.parameters(), *model.buffers())}
-        self._found: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
+        self.label = ""
+        self._own = {_identity(t) for t in (*model.parameters(), *model.buffers())}
+        self._found: dict[int, tuple[str, torch.UntypedStorage]] = {}  # kept, so that no identity is used twice
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda t: t)
 
     def __enter__(self) -> SavedTensors:
@@ -32,18 +34,22 @@ class SavedTensors:
         self._hooks.__exit__(*args)
 
     def _note(self, t: Tensor) -> Tensor:
-        if _address(t) not in self._own:
-            self._found[_address(t)] = t.untyped_storage()
+        if _identity(t) not in self._own and _identity(t) not in self._found:
+            self._found[_identity(t)] = self.label, t.untyped_storage()
         return t
 
     @property
     def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._found.values())
+        return sum(storage.nbytes() for _, storage in self._found.values())
 
     @property
     def storages(self) -> int:
         return len(self._found)
 
+    def bytes_of(self, label: str) -> int:
+        return sum(storage.nbytes() for owner, storage in self._found.values() if owner == label)
 
-def _address(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
+
+def _identity(t: Tensor) -> int:
+    """Of a tensor's storage; tensors of PyTorch's meta device have storages too, but no addresses."""
+    return t.untyped_storage()._cdata

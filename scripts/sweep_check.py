@@ -1,0 +1,302 @@
+"""What the sweep asks of one model: does it compute the same after fuse_, and is it the same model after unfuse_?
+
+Networks with random weights are chaotic: where rounding puts a value on the other side of a kink of ReLU, gradients
+jump, in eager as in fused code, and in a deep network all that follows differs. So numbers are compared twice:
+
+- in float64, with batch norms as they come (random weights near 1, biases near 0). Eager and fused code then differ by
+  1e-13, and whatever a swap gets wrong (another order, another eps, a forgotten bias) is larger by many powers of ten;
+- in float32, where the kernels are, with batch norms that keep away from kinks: biases of several standard deviations,
+  positive in even channels and negative in odd ones, so that ReLU passes the former and blocks the latter, also behind
+  an addition. Then a whole network's gradients are well defined, and fused code is held to twice eager's error.
+
+The output in inference is compared with both, in both memory layouts.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastres
+from fastres import config
+from fastres.kernels import extension
+from fastres.testing import budget
+from fastres.verify.compare import LOGITS, _error, _scale
+from fastres.verify.run import Call, Outcome, run
+
+#: What eager and fused code may differ by in float64, relative L2; a batch norm over two values multiplies roundings.
+EXACT = 1e-8
+#: Standard deviation and mean of what batch norms that keep away from kinks give.
+CLEAR_STD, CLEAR_MEAN = 0.2, 1.2
+
+_LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+KINDS = ("conv", "bn", "act", "add", "pool")
+
+
+@dataclass
+class Result:
+    """What came of one model.
+
+    Attributes:
+        problems: what differs; empty if the model passed.
+        total, fused: operations by kind ("conv", "bn", "act", "add", "pool"); `fused` of those that ran in inference.
+        trained: how many of all ran fused in training.
+        reasons: why the rest did not, most frequent first, with counts.
+        errors: what was compared -> largest share of its budget, eager's error and the fused one there.
+        parameters: number of values.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    total: dict[str, int] = field(default_factory=dict)
+    fused: dict[str, int] = field(default_factory=dict)
+    trained: int = 0
+    reasons: list[tuple[str, int]] = field(default_factory=list)
+    errors: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    parameters: int = 0
+
+    def compare(self, what: str, truth: Outcome, eager: Outcome, fused: Outcome, exact: bool) -> None:
+        """Compares every tensor of one run with the truth's; `what` names the run.
+
+        The errors of single tensors owe much to luck, so eager's error over all tensors of a kind is what counts: the
+        median, and the largest."""
+        pairs: dict[str, list[tuple[float, float, str]]] = {}
+        for key in [*eager, *(key for key in fused if key not in eager)]:
+            if key not in fused or key not in eager or fused[key].dtype is not eager[key].dtype:
+                self.problems.append(f"{what}: {' '.join(key)} is in one of eager and fused only, or of another dtype")
+                continue
+            kind, size = key[0], _scale(key, truth)
+            errors = [_error(kind, found[key], truth[key]) * size for found in (eager, fused)]
+            pairs.setdefault(kind, []).append((errors[0], errors[1], key[1]))
+        for kind, found in pairs.items():
+            for (eager_error, fused_error), name in ((_median(found), "median"), _largest(found)):
+                limit = _limit(what, kind, eager_error, exact)
+                share = 0.0 if fused_error == 0 else fused_error / limit if limit else math.inf
+                group = f"{what}: {kind}"
+                if not share <= 1:  # NaN too
+                    self.problems.append(f"{group} {name}: error {fused_error:.1e}, eager's {eager_error:.1e}")
+                if group not in self.errors or not share <= self.errors[group][0]:
+                    self.errors[group] = (share, eager_error, fused_error)
+
+
+def _median(found: list[tuple[float, float, str]]) -> tuple[float, float]:
+    return statistics.median(errors[0] for errors in found), statistics.median(errors[1] for errors in found)
+
+
+def _largest(found: list[tuple[float, float, str]]) -> tuple[tuple[float, float], str]:
+    worst = max(found, key=lambda errors: math.inf if math.isnan(errors[1]) else errors[1])
+    return (max(errors[0] for errors in found), worst[1]), worst[2]
+
+
+def _limit(what: str, kind: str, eager_error: float, exact: bool) -> float:
+    """What a fused tensor may be off by; the budgets of fastres.verify."""
+    inference = what.startswith("inference")
+    if kind == "counter" or (kind == "buffer" and inference):
+        return 0.0
+    if exact:
+        return EXACT
+    if inference and eager_error <= LOGITS:
+        return LOGITS
+    winograd = config.winograd and extension.available() and kind != "buffer"
+    return budget(eager_error, torch.float32, summed=kind != "buffer", winograd=winograd)
+
+
+def check(model: nn.Module, x: Tensor, batches: int = 2) -> Result:
+    """Fuses `model`, which is changed, and compares it with what it was.
+
+    Args:
+        x: an input of the model, [N, 3, H, W] float32. batches: how many like it its batch norms get to know.
+
+    Returns:
+        A Result; a model that does not run in eager raises what eager raises.
+    """
+    result = Result(parameters=sum(p.numel() for p in model.parameters()))
+    model = model.to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    _randomise(model)
+    _calibrate(model, x, batches)
+    _in_float64(model, x, result)
+    _keep_away_from_kinks(model)
+    _calibrate(model, x, batches)
+    _training_in_float32(model, x, result)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- the numbers
+
+
+def _in_float64(model: nn.Module, x: Tensor, result: Result) -> None:
+    """Training and inference in float64; inference in float32; and that the model stays the same."""
+    oracle, call = copy.deepcopy(model).double(), Call((x.double(),), {})
+    inference, training = _run(oracle.eval(), call, False), _run(oracle.train(), call, True)
+    fastres.fuse_(oracle)
+    result.compare("training float64", training, training, _run(oracle.train(), call, True), True)
+    result.compare("inference float64", inference, inference, _run(oracle.eval(), call, False), True)
+    del oracle, training
+    _swap_and_back(model.eval(), x, inference, result)
+
+
+def _training_in_float32(model: nn.Module, x: Tensor, result: Result) -> None:
+    truth = _run(copy.deepcopy(model).double().train(), Call((x.double(),), {}), True)
+    for layout, memory_format in _LAYOUTS.items():
+        call = Call((x.contiguous(memory_format=memory_format),), {})
+        eager = _run(fastres.unfuse_(model).to(memory_format=memory_format).train(), call, True)
+        fastres.fuse_(model)
+        result.compare(f"training {layout}", truth, eager, _run(model, call, True), False)
+
+
+def _run(model: nn.Module, call: Call, gradients: bool) -> Outcome:
+    return run(model, call, gradients=gradients, seed=0, round_to=torch.float32, autocast=None)
+
+
+# -------------------------------------------------------------------------------------------- what is left unchanged
+
+
+def _swap_and_back(model: nn.Module, x: Tensor, truth: Outcome, result: Result) -> None:
+    """In inference: fuse_ leaves state_dict, modules and parameters as they are; a copy of the fused model computes the
+    same bits; unfuse_ gives back the model, which computes the same bits as before."""
+    call = Call((x,), {})
+    before, state, tree, parameters = _run(model, call, False), _state(model), _tree(model), list(model.parameters())
+    rows = fastres.fuse_(model).rows
+    _require(result, "state_dict after fuse_", state == _state(model))
+    _require(result, "modules after fuse_", tree == _tree(model))
+    _require(result, "parameters after fuse_", all(p is q for p, q in zip(parameters, model.parameters(), strict=True)))
+    _require(result, "fuse_ called twice", rows == fastres.fuse_(model).rows)
+    fused = _run(model, call, False)
+    result.compare("inference channels_last", truth, before, fused, False)
+    _require(result, "output of a copy", _same(fused, _run(_copied(model), call, False)))
+    _explain(model, x, result)
+    contiguous, same = copy.deepcopy(model).to(memory_format=torch.contiguous_format), Call((x.contiguous(),), {})
+    got = _run(contiguous, same, False)
+    result.compare("inference contiguous", truth, _run(fastres.unfuse_(contiguous), same, False), got, False)
+    fastres.unfuse_(model)
+    _require(result, "state_dict after unfuse_", state == _state(model))
+    _require(result, "modules after unfuse_", tree == _tree(model))
+    _require(result, "output after unfuse_", _same(before, _run(model, call, False)))
+
+
+def _require(result: Result, what: str, holds: bool) -> None:
+    if not holds:
+        result.problems.append(f"{what} differs")
+
+
+def _state(model: nn.Module) -> list[tuple[str, Any]]:
+    """Keys in their order, with dtype, shape and bytes, or the value where it is no tensor."""
+    state = model.state_dict()
+    tensors = [(k, (v.dtype, v.shape, _bits(v)) if isinstance(v, Tensor) else repr(v)) for k, v in state.items()]
+    return [*tensors, ("_metadata", repr(dict(getattr(state, "_metadata", {}))))]
+
+
+def _bits(t: Tensor) -> bytes:
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+
+
+def _tree(model: nn.Module) -> list[tuple[str, str, list[str]]]:
+    """Path, repr's name and instance attributes of every module; hooks would be among the last."""
+    return [(name, m._get_name(), sorted(m.__dict__)) for name, m in model.named_modules()]
+
+
+def _same(a: Outcome, b: Outcome) -> bool:
+    return a.keys() == b.keys() and all(_bits(a[key]) == _bits(b[key]) for key in a)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy, then copied by pickle, if the plain model can be pickled."""
+    model = copy.deepcopy(model)
+    try:
+        with fastres.disabled(model):
+            pickle.dumps(model)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return model
+    return pickle.loads(pickle.dumps(model))
+
+
+def _explain(model: nn.Module, x: Tensor, result: Result) -> None:
+    """Which operations run fused, and why the others do not."""
+    rows = fastres.explain(model.eval(), x).rows
+    result.total = {kind: sum(row.kind == kind for row in rows) for kind in KINDS}
+    result.fused = {kind: sum(row.kind == kind and row.fused for row in rows) for kind in KINDS}
+    result.reasons = Counter(row.reason for row in rows if not row.fused).most_common()
+    result.trained = fastres.explain(model.train(), x).fused
+    model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------- preparation
+
+
+def norms(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that normalise and have a weight and a bias per channel, frozen ones included."""
+    for module in model.modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.shape == bias.shape and weight.dim() == 1:
+            yield module
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module) -> None:
+    """Random values where initialisation left zeros (the last batch norm of a block), which would hide what is there;
+    dropout off."""
+    for module in norms(model):
+        module.weight.uniform_(0.5, 1.5)
+        module.bias.uniform_(-0.3, 0.3)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+
+
+@torch.no_grad()
+def _keep_away_from_kinks(model: nn.Module) -> None:
+    for module in norms(model):
+        module.weight.fill_(CLEAR_STD).mul_(1 + 0.1 * torch.randn_like(module.weight))
+        module.bias.fill_(CLEAR_MEAN)[1::2].neg_()
+        module.bias.mul_(1 + 0.1 * torch.randn_like(module.bias))
+
+
+@torch.no_grad()
+def _calibrate(model: nn.Module, x: Tensor, batches: int) -> None:
+    """Running statistics of a few batches like x, by forwards in training mode; frozen batch norms get those of the
+    last one."""
+    with _averaging(model), _frozen_ones_follow(model):
+        model.train()
+        for _ in range(batches):
+            model(x + 0.5 * torch.randn_like(x))
+
+
+@contextmanager
+def _averaging(model: nn.Module) -> Iterator[None]:
+    """Inside, running statistics become the mean over the batches seen."""
+    batch_norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    momenta = [m.momentum for m in batch_norms]
+    for module in batch_norms:
+        module.reset_running_stats()
+        module.momentum = None
+    yield
+    for module, momentum in zip(batch_norms, momenta, strict=True):
+        module.momentum = momentum
+
+
+@contextmanager
+def _frozen_ones_follow(model: nn.Module) -> Iterator[None]:
+    def follow(module: Any, args: tuple[Tensor, ...]) -> None:
+        module.running_mean.copy_(args[0].mean((0, 2, 3)))
+        module.running_var.copy_(args[0].var((0, 2, 3), unbiased=False))
+
+    frozen = [m for m in model.modules() if "frozenbatchnorm" in type(m).__name__.lower()]
+    handles = [module.register_forward_pre_hook(follow) for module in frozen]
+    yield
+    for handle in handles:
+        handle.remove()
