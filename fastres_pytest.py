@@ -39,9 +39,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m choose
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("fastres_verify"):
-        models = Models.from_parent(session, name="fastres-verify", nodeid="fastres-verify")
-        items.extend(models.collect())
+    if not config.getoption("fastres_verify"):
+        return
+    if not config.getini("fastres_verify"):
+        raise pytest.UsageError("--fastres-verify: the ini option fastres_verify lists no model")
+    models = Models.from_parent(session, name="fastres-verify", nodeid="fastres-verify")
+    report = session.ihook.pytest_make_collect_report(collector=models)
+    session.ihook.pytest_collectreport(report=report)  # so that they are counted
+    items.extend(report.result)
 
 
 @pytest.fixture
@@ -75,10 +80,7 @@ class Models(pytest.Collector):
     """The models of the ini option."""
 
     def collect(self) -> Iterator[ModelItem]:
-        specs = self.config.getini("fastres_verify")
-        if not specs:
-            raise pytest.UsageError("--fastres-verify: the ini option fastres_verify lists no model")
-        for spec in specs:
+        for spec in self.config.getini("fastres_verify"):
             for mode in MODES:
                 yield ModelItem.from_parent(self, name=f"{spec}[{mode}]", spec=spec, mode=mode)
 

@@ -149,6 +149,7 @@ def test_a_wrong_output_is_found(mode: str, dtype: torch.dtype, monkeypatch: pyt
     assert not certificate.ok
     assert failing_sites(certificate) - {MODEL} == {"layer2.0"}
     assert any((row.site, row.kind) == ("layer2.0", "output") for row in certificate.failures)
+    assert certificate.first == "layer2.0" and "first at layer2.0" in certificate.verdict()
     assert "FAIL" in str(certificate) and "layer2.0" in str(certificate)
 
 

@@ -161,8 +161,9 @@ class Certificate:
         return "\n".join([*lines, self.verdict()])
 
     def failure(self) -> str:
-        """The verdict, and what is outside its budget, worst first."""
-        lines = [f"  {row.site}, {row.sentence()}" for row in self.failures]
+        """The verdict, and what is outside its budget: of the first site that fails, then worst first."""
+        rows = sorted(self.failures, key=lambda row: row.site != self.first)
+        lines = [f"  {row.site}, {row.sentence()}" for row in rows]
         return "\n".join([f"{self.model}, {self.mode} mode, {self.dtype}: {self.verdict()}", *_first(lines)])
 
     def verdict(self) -> str:
