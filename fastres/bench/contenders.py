@@ -208,7 +208,7 @@ class Eager(Contender):
 
 class ChannelsLast(Eager):
     title = "eager channels_last"
-    modes = ("infer", "train")
+    modes: tuple[str, ...] = ("infer", "train")
     layout = torch.channels_last
 
 
@@ -234,6 +234,17 @@ class Fastres(ChannelsLast):
         import fastres
 
         fastres.fuse_(self.model)
+        super().prepare()
+
+
+class FastresLow(Fastres):
+    title = "fastres, memory low"
+    modes: tuple[str, ...] = ("train",)
+
+    def prepare(self) -> None:
+        import fastres
+
+        fastres.fuse_(self.model, memory="low", example=self.images.contiguous(memory_format=self.layout))
         super().prepare()
 
 
