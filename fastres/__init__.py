@@ -10,21 +10,29 @@ fastres.verify the proof.
 
 from fastres import config, functional, models, nn
 from fastres import ops as _ops  # noqa: F401  registers torch.ops.fastres
-from fastres.explain import explain
+from fastres.canary import CanaryError, CanaryWarning, canary
+from fastres.decisions import TuneReport
+from fastres.explain import ExplainReport, explain
 from fastres.folding import packed_bytes
 from fastres.fuse import disabled, fuse_, refresh_, unfuse_
 from fastres.graphs import graphed
 from fastres.kernels.table import use_kernels
 from fastres.memory import cached_bytes, empty_cache
-from fastres.report import ExplainReport, FuseReport
+from fastres.report import FuseReport
+from fastres.running_statistics import snapshot_statistics, statistics_once
+from fastres.tune import load_tuning_, tune_
 from fastres.verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CanaryError",
+    "CanaryWarning",
     "ExplainReport",
     "FuseReport",
+    "TuneReport",
     "cached_bytes",
+    "canary",
     "config",
     "disabled",
     "empty_cache",
@@ -32,10 +40,14 @@ __all__ = [
     "functional",
     "fuse_",
     "graphed",
+    "load_tuning_",
     "models",
     "nn",
     "packed_bytes",
     "refresh_",
+    "snapshot_statistics",
+    "statistics_once",
+    "tune_",
     "unfuse_",
     "use_kernels",
     "verify",

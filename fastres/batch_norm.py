@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import arguments, functional
-from fastres.ops import update_running_stats
+from fastres import arguments, functional, reasons, running_statistics
+from fastres.ops import registration, update_running_stats
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 
@@ -43,6 +43,26 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     return module
 
 
+class Frozen:
+    """What fused code takes for a frozen batch norm of another library: four buffers, constant also in training.
+
+    Attributes:
+        module: whose buffers they are.
+        eps: its own, wherever it keeps it.
+    """
+
+    training, momentum, num_batches_tracked, track_running_stats = False, 0.0, None, True
+
+    def __init__(self, module: nn.Module, eps: float) -> None:
+        self.module, self.eps = module, eps
+        self._parameters = self._buffers = module._buffers
+
+    weight = property(lambda self: self._buffers["weight"])
+    bias = property(lambda self: self._buffers["bias"])
+    running_mean = property(lambda self: self._buffers["running_mean"])
+    running_var = property(lambda self: self._buffers["running_var"])
+
+
 #: The forwards that fused code stands in for.
 FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
@@ -62,21 +82,24 @@ def blocked(bn: BatchNorm, x: Tensor) -> str | None:
     """Why fused code may not stand for `bn` with activations like x, or None."""
     weight, bias, mean, var = tensors(bn)
     if (mean is None) != (var is None):
-        return "one of the running statistics is None"
+        return reasons.because("batch-norm", "one of the running statistics is None")
     if bn.eps < 0 or (bn.eps == 0 and (bn.training or mean is None)):
-        return f"eps {bn.eps}"  # eager's own error
+        return reasons.because("batch-norm", f"eps {bn.eps}")  # eager's own error
     if not x.is_cpu and process_group(bn) is not None:
-        return f"fused synchronised batch norm is for CPUs, input on {x.device}"
+        return reasons.because("sync-bn", f"fused synchronised batch norm is for CPUs, input on {x.device}")
     device, dtype = x.device, None
+    if isinstance(bn, Frozen) and (x.dtype is not mean.dtype or registration.autocast_enabled(device.type)):  # type: ignore[union-attr]
+        text = f"input is {x.dtype}, frozen batch norm {mean.dtype}, autocast or not: eager's result is promoted"  # type: ignore[union-attr]
+        return reasons.because("dtype", text)
     for t in (weight, bias, mean, var):
         if t is None:
             continue
         if type(t) is not nn.Parameter and type(t) is not Tensor:
-            return f"a batch-norm tensor is a {type(t).__name__}"
+            return reasons.because("tensor", f"a batch-norm tensor is a {type(t).__name__}")
         if t.device != device:
-            return f"input on {device}, batch norm on {t.device}"
+            return reasons.because("device", f"input on {device}, batch norm on {t.device}")
         if t.dtype is not dtype and (dtype is not None or not arguments.may_normalise(x.dtype, t.dtype)):
-            return f"input is {x.dtype}, batch norm {t.dtype}"
+            return reasons.because("dtype", f"input is {x.dtype}, batch norm {t.dtype}")
         dtype = t.dtype
     return None
 
@@ -105,8 +128,9 @@ def options(bn: BatchNorm) -> dict[str, Any]:
     """Counts the batch, as its forward, and returns what fastres.functional's batch norms take of it: whether batch
     statistics are used, and of which processes; the momentum, or the counter in its place; eps."""
     counter = bn.num_batches_tracked
-    cumulative = bn.momentum is None and bn.training and bn.track_running_stats
-    if bn.training and bn.track_running_stats and counter is not None:
+    tracks = running_statistics.tracks(bn)
+    cumulative = bn.momentum is None and tracks
+    if tracks and counter is not None:
         if cumulative:  # it is read by this call
             counter.add_(1)
         else:
@@ -122,6 +146,6 @@ def options(bn: BatchNorm) -> dict[str, Any]:
 
 def running(bn: BatchNorm) -> tuple[Tensor | None, Tensor | None]:
     """The running statistics that a call uses or writes."""
-    if bn.training and not bn.track_running_stats:
+    if bn.training and not running_statistics.tracks(bn):
         return None, None
     return bn.running_mean, bn.running_var

@@ -1,4 +1,4 @@
-"""The `fastres` command: bench, verify, explain, models, train, transfer, analyze, doctor.
+"""The `fastres` command: bench, verify, explain, models, tune, train, transfer, analyze, doctor.
 
 Wrong input is one line on stderr and exit code 2; a check that fails is exit code 1.
 """
@@ -10,16 +10,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastres import cli_models
+from fastres import cli_models, cli_tune, cli_verify
+from fastres.cli_verify import MODEL
 from fastres.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-_MODEL = "a model of fastres.models (resnet18, resnet50, ...), or package.module:callable for your own"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     _add_bench(add)
-    _add_verify(add)
-    _add_explain(add)
+    cli_verify.add_commands(add)
     cli_models.add_command(add)
+    cli_tune.add_command(add)
     _add_train(add)
     _add_transfer(add)
     _add_analyze(add)
@@ -111,7 +106,7 @@ Examples:
   fastres bench resnet50 --checkpoint mine.pth --images photos/ --json out.json --plot out.png
   fastres bench torchvision.models:wide_resnet50_2         any classifier that can be imported""",
     )
-    bench.add_argument("models", nargs="*", metavar="MODEL", help=f"{_MODEL} (default: resnet18 resnet50)")
+    bench.add_argument("models", nargs="*", metavar="MODEL", help=f"{MODEL} (default: resnet18 resnet50)")
     bench.add_argument(
         "--mode", choices=("infer", "train", "both"), default="both", help="what to measure (default: both)"
     )
@@ -157,115 +152,6 @@ def _bench(options: argparse.Namespace) -> int:
     from fastres.bench import command
 
     return command.run(options)
-
-
-def _add_workload(command: argparse.ArgumentParser) -> None:
-    """The options of verify and explain that say which model on which input."""
-    command.add_argument("model", metavar="MODEL", help=_MODEL)
-    command.add_argument("--batch", type=int, default=2, metavar="N", help="images in the batch (default: 2)")
-    command.add_argument(
-        "--size", type=int, metavar="N", help="height and width of the images (default: the model's, 224 or 32)"
-    )
-    command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
-    command.add_argument(
-        "--checkpoint", metavar="FILE", help="weights, .pth or .safetensors (default: seeded, calibrated)"
-    )
-    command.add_argument("--images", metavar="FOLDER", help="photographs (default: those that scikit-learn ships)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
-
-
-def _workload(options: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, torch.dtype]:
-    """The model in float32 eval mode, the images, and the dtype that was asked for."""
-    import torch
-
-    from fastres import images as photographs
-    from fastres import models
-    from fastres.bench.task import DTYPES, prepared_model
-
-    if options.dtype not in DTYPES:
-        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, not {options.dtype}")
-    size = models.image_size(options.model) if options.size is None else options.size
-    for what, value in (("batch", options.batch), ("size", size)):
-        if value < 1:
-            raise UserError(f"--{what} must be at least 1, not {value}")
-    images = photographs.photographs(max(8, options.batch), size, folder=options.images)
-    model = prepared_model(options.model, images, options.checkpoint)
-    return model, images[: options.batch], getattr(torch, options.dtype)
-
-
-def _write_json(text: str, path: Path | None) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text if text.endswith("\n") else text + "\n")
-
-
-def _add_verify(add: Callable[..., argparse.ArgumentParser]) -> None:
-    verify = add(
-        "verify",
-        _verify,
-        "prove that fusing did not change a model's numbers: eager and fused, both against float64",
-        """
-
-Compares every fused site and the whole model: outputs, gradients, running statistics and counters. Prints a table;
-the exit code is 1 if anything lies outside its budget.
-
-Examples:
-  fastres verify resnet50                                  evaluation mode, then training mode
-  fastres verify resnet50 --mode train --dtype bfloat16
-  fastres verify resnet18 --checkpoint mine.pth --json certificate.json
-  fastres verify torchvision.models:resnext50_32x4d --mode eval""",
-    )
-    _add_workload(verify)
-    verify.add_argument("--mode", choices=("eval", "train", "both"), default="both", help="(default: both)")
-
-
-def _verify(options: argparse.Namespace) -> int:
-    import json
-
-    model, images, dtype = _workload(options)
-    from fastres.verify import verify
-
-    modes = ("eval", "train") if options.mode == "both" else (options.mode,)
-    certificates = {}
-    for mode in modes:
-        certificates[mode] = verify(model, images, mode=mode, dtype=dtype)
-        print(certificates[mode], flush=True)
-    found = {mode: certificate.to_json() for mode, certificate in certificates.items()}
-    _write_json(json.dumps(found if len(found) > 1 else found[modes[0]], indent=1), options.json)
-    return 0 if all(certificate.ok for certificate in certificates.values()) else 1
-
-
-def _add_explain(add: Callable[..., argparse.ArgumentParser]) -> None:
-    explain = add(
-        "explain",
-        _explain,
-        "say what of a model runs fused, by which kernel, and why the rest does not",
-        """
-
-Examples:
-  fastres explain resnet50
-  fastres explain torchvision.models:densenet121 --mode train --all""",
-    )
-    _add_workload(explain)
-    explain.add_argument("--mode", choices=("eval", "train"), default="eval", help="(default: eval)")
-    explain.add_argument("--all", action="store_true", help="a line for every operation, also for those that are fused")
-
-
-def _explain(options: argparse.Namespace) -> int:
-    import json
-    from dataclasses import asdict
-
-    import fastres
-
-    model, images, dtype = _workload(options)
-    fastres.fuse_(model)
-    report = fastres.explain(model.to(dtype).train(options.mode == "train"), images.to(dtype))
-    print(f"{options.model}, {options.mode} mode, {options.dtype}, on {images.device.type}: {report}")
-    if options.all:
-        for row in report.rows:
-            print(f"  {row.name or '(model)':<32} {row.kind:<5} {f'fused, {row.kernel}' if row.fused else row.reason}")
-    _write_json(json.dumps([asdict(row) for row in report.rows], indent=1), options.json)
-    return 0
 
 
 def _add_train(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres import arguments, batch_norm, config, functional, ops, reference, replay
+from fastres import arguments, batch_norm, config, functional, managed, ops, reference, replay
 from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution, extension, table
 from fastres.ops import registration
@@ -39,6 +39,10 @@ class Plain:
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes
+
+    @property
+    def kernel(self) -> None:
+        return None
 
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         return ops.conv_bias_act.op(x, self.weight, self.bias, residual, *self.where, relu)
@@ -90,7 +94,8 @@ def folded(conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor) -> tuple[table.Pack
     Kept under three witnesses: identity and version counter of every tensor, and a fingerprint of the values, because
     writes through `.data` and to inference tensors move no counter. The fingerprint reads batch norm's tensors whole,
     and of a large weight samples of every output and every input channel (csrc/cpu/fingerprint.cpp);
-    `fastres.refresh_` is for any other write. On GPUs there is no fingerprint, which the CPU would have to wait for.
+    `fastres.refresh_` is for any other write. On GPUs there is no fingerprint, which the CPU would have to wait for; so
+    nothing is kept there of a forward in which DistributedDataParallel wrote buffers.
 
     Raises:
         RuntimeError: if x does not fit the convolution.
@@ -98,6 +103,9 @@ def folded(conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor) -> tuple[table.Pack
     if not config.keep_folded_weights or torch.compiler.is_compiling() or registration.autocast_enabled(x.device.type):
         return None
     if not serves(x) or x.dtype is torch.float64 or not x.numel():
+        return None
+    if not packs(x) and managed.buffers_are_broadcast():
+        _entries.pop(conv, None)
         return None
     sources: tuple[Tensor | None, ...] = conv_tensors(conv)
     if bn is not None:

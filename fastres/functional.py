@@ -8,7 +8,7 @@ shapes, dtypes or devices that do not fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,15 +66,15 @@ def bn_act(
     arguments.check_residual(residual, x.shape, x)
     count = x.numel() // max(x.shape[1], 1)
     save_mask = _needs_mask(relu, residual, x, weight, bias)
+    update = _update(running_mean, running_var, num_batches_tracked, momentum, training)
     if group is not None:
-        y, mean, var, count = ops.synchronised.bn_act(x, weight, bias, residual, group, eps, relu, save_mask)
-    else:
-        y, mean, var, _ = ops.bn_act.call(
-            x, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask
-        )
-    if recompute and residual is None and group is None and _wants_gradient(x, weight, bias):
+        y, *found = ops.synchronised.bn_act(x, weight, bias, residual, group, eps, relu, save_mask)
+        update(*found)
+        return y
+    args = (x, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask)
+    y, mean, var, _ = ops.bn_act.call(*args, then=lambda results: update(*results[1:3], count))
+    if recompute and residual is None and _wants_gradient(x, weight, bias):
         ops.recompute.offer(y, (x, weight, bias, mean, var), eps, relu, ops.bn_act.again)
-    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
     return y
 
 
@@ -114,7 +114,14 @@ def bn_add_bn_act(x: Tensor, norm: BatchNorm, other: Tensor, other_norm: BatchNo
     if not table.fused_kernel_serves("bn_add_bn_act", (x,)):
         residual = _bn_act(other, other_norm, None, "identity")
         return _bn_act(x, norm, residual, act)
-    y, mean, var, other_mean, other_var, _ = ops.bn_add_bn_act.call(
+    count = x.numel() // max(x.shape[1], 1)
+
+    def update(results: Any) -> None:
+        for one, statistics in ((other_norm, results[3:5]), (norm, results[1:3])):
+            options = (one.num_batches_tracked, one.momentum, one.training)
+            _update(one.running_mean, one.running_var, *options)(*statistics, count)
+
+    return ops.bn_add_bn_act.call(
         x,
         norm.weight,
         norm.bias,
@@ -131,12 +138,8 @@ def bn_add_bn_act(x: Tensor, norm: BatchNorm, other: Tensor, other_norm: BatchNo
         other_norm.eps,
         relu,
         relu and _wants_gradient(x, norm.weight, norm.bias, other, other_norm.weight, other_norm.bias),
-    )
-    count = x.numel() // max(x.shape[1], 1)
-    for one, statistics in ((other_norm, (other_mean, other_var)), (norm, (mean, var))):
-        running = (one.running_mean, one.running_var)
-        _update(*running, *statistics, one.num_batches_tracked, one.momentum, one.training, count)
-    return y
+        then=update,
+    )[0]
 
 
 def _bn_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, act: str) -> Tensor:
@@ -243,28 +246,28 @@ def conv_bn_act(
     count = shape[0] * shape[2] * shape[3]
     by_moments = gradient and algebraic(x, conv_weight, conv_bias, geometry)
     save_mask = gradient and relu and residual is not None
-    affine = (weight, bias)
-    if group is not None and by_moments:
-        y, mean, var, count = ops.synchronised.conv1x1_bn_act(x, conv_weight, *affine, residual, group, eps, relu)
-    elif group is not None:
-        again = recompute and gradient
-        y, mean, var, count = ops.synchronised.conv_bn_act(
-            x, conv_weight, conv_bias, *affine, residual, geometry, group, eps, relu, save_mask, again, fork
-        )
-    elif by_moments:
-        y, mean, var, *_ = ops.conv1x1_bn_act.call(
-            x, conv_weight, *affine, running_mean, running_var, residual, training, eps, relu, relu
-        )
-    else:
-        running = (running_mean, running_var)
-        y, raw, mean, var, _, *forked = (ops.conv_bn_act.call if fork is None else ops.conv_bn_act.call_forked)(
-            x, conv_weight, conv_bias, *affine, *running, residual, *geometry, training, eps, relu, save_mask
-        )
-        if fork is not None:
-            fork[-1] = forked[0]
-        if recompute and gradient and residual is None:
-            ops.recompute.offer(y, (raw, weight, bias, mean, var), eps, relu, ops.conv_bn_act.again)
-    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
+    affine, running = (weight, bias), (running_mean, running_var)
+    update = _update(*running, num_batches_tracked, momentum, training)
+    if group is not None:
+        if by_moments:
+            y, *found = ops.synchronised.conv1x1_bn_act(x, conv_weight, *affine, residual, group, eps, relu)
+        else:
+            again = recompute and gradient
+            y, *found = ops.synchronised.conv_bn_act(
+                x, conv_weight, conv_bias, *affine, residual, geometry, group, eps, relu, save_mask, again, fork
+            )
+        update(*found)
+        return y
+    if by_moments:
+        args = (x, conv_weight, *affine, *running, residual, training, eps, relu, relu)
+        return ops.conv1x1_bn_act.call(*args, then=lambda results: update(*results[1:3], count))[0]
+    args = (x, conv_weight, conv_bias, *affine, *running, residual, *geometry, training, eps, relu, save_mask)
+    call = ops.conv_bn_act.call if fork is None else ops.conv_bn_act.call_forked
+    y, raw, mean, var, _, *forked = call(*args, then=lambda results: update(*results[2:4], count))
+    if fork is not None:
+        fork[-1] = forked[0]
+    if recompute and gradient and residual is None:
+        ops.recompute.offer(y, (raw, weight, bias, mean, var), eps, relu, ops.conv_bn_act.again)
     return y
 
 
@@ -309,12 +312,13 @@ def bn_act_maxpool(
         raise RuntimeError(f"bn_act_maxpool: output size is too small for an input of {tuple(x.shape)}")
     count = x.numel() // max(x.shape[1], 1)
     options = (eps, relu, kernel_size, stride, padding)
+    update = _update(running_mean, running_var, num_batches_tracked, momentum, training)
     if group is not None:
-        y, mean, var, count = ops.synchronised.bn_act_maxpool(x, weight, bias, group, *options)
-    else:
-        y, mean, var, _ = ops.bn_act_maxpool.call(x, weight, bias, running_mean, running_var, training, *options)
-    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
-    return y
+        y, *found = ops.synchronised.bn_act_maxpool(x, weight, bias, group, *options)
+        update(*found)
+        return y
+    args = (x, weight, bias, running_mean, running_var, training, *options)
+    return ops.bn_act_maxpool.call(*args, then=lambda results: update(*results[1:3], count))[0]
 
 
 def fold(
@@ -366,12 +370,14 @@ def _needs_mask(relu: bool, residual: Tensor | None, *tensors: Tensor | None) ->
 def _update(
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
     num_batches_tracked: Tensor | None,
     momentum: float,
     training: bool,
-    count: int,
-) -> None:
-    if training and running_mean is not None and running_var is not None:
-        ops.update_running_stats.call(running_mean, running_var, mean, var, num_batches_tracked, momentum, count)
+) -> Callable[..., None]:
+    """update(mean, var, count): moves running statistics by those of a batch, in training."""
+
+    def update(mean: Tensor, var: Tensor, count: int) -> None:
+        if training and running_mean is not None and running_var is not None:
+            ops.update_running_stats.call(running_mean, running_var, mean, var, num_batches_tracked, momentum, count)
+
+    return update

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from fastres import batch_norm, folding, replay, sites
-from fastres.recipes import fused_class
+from fastres import batch_norm, folding, managed, replay, sites, switches
+from fastres.reasons import because, code_of
+from fastres.recipes import fused_class, norms, trace, units
+from fastres.recipes.operations import ACTIVATIONS
 from fastres.recipes.residual import FusedModule
 from fastres.report import FuseReport, Row
 
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish)
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (nn.modules.conv._ConvNd, "conv"),
     (nn.modules.batchnorm._NormBase, "bn"),
-    (_ACTIVATIONS, "act"),
+    (ACTIVATIONS, "act"),
     (nn.modules.pooling._MaxPoolNd, "pool"),
 )
 
@@ -56,14 +58,20 @@ def fuse_(model: nn.Module) -> FuseReport:
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """Gives every swapped block of `model` its own class back and drops folded weights. Returns `model`."""
+    """Gives every swapped block of `model` its own class back and drops folded weights and what tune_ or a canary
+    decided. Returns `model`."""
+    _swap_back(model)
+    switches.forget(model)
+    return model
+
+
+def _swap_back(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FusedModule):
-            original: Any = module.unfused_class()
-            module.__class__ = original
+            _become(module, module.unfused_class())
     folding.forget(model)
     replay.forget(model)
-    return model
+    units.forget(model)
 
 
 def refresh_(model: nn.Module) -> nn.Module:
@@ -80,12 +88,22 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the `with` block every module of `model` runs its original forward (for torch.jit, ONNX export,
     comparisons)."""
     swapped = [(module, type(module)) for module in model.modules() if isinstance(module, FusedModule)]
-    unfuse_(model)
+    _swap_back(model)
     try:
         yield model
     finally:
         for module, cls in swapped:
-            module.__class__ = cls
+            _become(module, cls)
+
+
+def _become(module: nn.Module, cls: Any) -> None:
+    """Changes a module's class, also for methods that are kept in its attributes, as accelerate's hooks do."""
+    before, module.__class__ = type(module), cls
+    for name, value in module.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            method = value.__func__.__name__
+            if getattr(before, method, None) is value.__func__:
+                module.__dict__[name] = MethodType(getattr(cls, method), module)
 
 
 @dataclass
@@ -98,43 +116,115 @@ class Plan:
 
 def plan(model: nn.Module) -> Plan:
     """Looks at every module of `model` and changes nothing."""
-    swaps: list[tuple[nn.Module, type[nn.Module]]] = []
-    additions: list[tuple[Row, nn.Module | None]] = []
-    claimed: dict[nn.Module, tuple[Row, nn.Module | None]] = {}
-    for name, module in model.named_modules():
+    walk = _Walk(model)
+    walk.visit("", model)
+    return Plan(walk.swaps, walk.rows())
+
+
+class _Walk:
+    """Goes through a model from the top: a module is a block that a recipe knows, or a unit of its own, or neither."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.swaps: list[tuple[nn.Module, type[nn.Module]]] = []
+        self.claimed: dict[nn.Module, tuple[Row, nn.Module | None]] = {}
+        self.additions: list[tuple[Row, nn.Module | None]] = []
+        self._opener = units.Opener()
+        self._seen: set[nn.Module] = set()
+        self._inlined: set[nn.Module] = set()  # their forwards are part of a unit's
+        self._reasons: dict[nn.Module, str] = {}  # why a module's own calls are not fused
+
+    def visit(self, name: str, module: nn.Module) -> None:
+        if module in self._seen:
+            return
+        self._seen.add(module)
         cls: Any = type(module)
-        fused = issubclass(cls, FusedModule)
-        new: Any = cls if fused else fused_class(cls)
-        if new is None:
-            continue
-        reason = None if fused else _unlike_recipe(module, new)
-        _claim(name, module, new, reason, claimed, additions)
-        if reason is None and not fused:
-            swaps.append((module, new))
-    rows = [
-        claimed.get(module) or (Row(name, kind, False, _unclaimed(model, name)), None)
-        for name, module in model.named_modules()
-        if (kind := kind_of(module))
-    ]
-    return Plan(swaps, rows + additions)
+        recipe = cls if issubclass(cls, FusedModule) else fused_class(managed.without_fsdp(cls))
+        known = recipe is not None and not issubclass(recipe, units.Unit)
+        reason = None
+        if known and recipe is not cls:
+            reason = managed.reason(module, "the block") or _unlike_recipe(module, recipe)
+        if known and (reason is None or not self._unit(name, module)):
+            _claim(name, module, recipe, reason, self.claimed, self.additions)
+            self._inlined.update(child for child in module._modules.values() if self._is_claimed(child))
+            if reason is None and recipe is not cls:
+                self.swaps.append((module, recipe))
+        elif not known and module._modules and kind_of(module) in (None, "conv") and module not in self._inlined:
+            self._unit(name, module)
+        for child_name, child in module._modules.items():
+            if child is not None:
+                self.visit(f"{name}.{child_name}" if name else child_name, child)
+
+    def _is_claimed(self, child: nn.Module | None) -> bool:
+        """Whether a recipe has taken a shortcut over."""
+        return type(child) is nn.Sequential and all(m in self.claimed for m in child._modules.values())
+
+    def _unit(self, name: str, module: nn.Module) -> bool:
+        """Traces a module of any class, and notes what its graph holds. Returns whether something of it is fused."""
+        if not isinstance(module, units.Unit) and (reason := managed.reason(module, "the block")):
+            self._reasons[module] = reason
+            return False
+        found = units.plan_of(module, self._opener)
+        if isinstance(found, units.Refusal):
+            self._reasons[module] = found.reason
+            return False
+        try:
+            new = units.unit_class(trace.unfused(module))
+        except TypeError as error:
+            self._reasons[module] = f"its class cannot be derived from: {error}"
+            return False
+        if not isinstance(module, units.Unit):
+            self.swaps.append((module, new))
+        self._inlined.update(found.helpers)
+        for target, kind, reason, part in found.rows():
+            path = ".".join(filter(None, (name, target)))
+            if part is None:
+                self.additions.append((Row(name, kind, not reason, reason), module))
+            else:
+                self.claimed[part] = (Row(path, kind, not reason, reason, note=batch_norm.note(part)), module)
+        return True
+
+    def rows(self) -> list[tuple[Row, nn.Module | None]]:
+        """One for every operation."""
+        modules = [
+            self.claimed.get(module) or (Row(name, kind, False, self._unclaimed(name, module)), None)
+            for name, module in self.model.named_modules()
+            if (kind := kind_of(module))
+        ]
+        return modules + self.additions
+
+    def _unclaimed(self, name: str, module: nn.Module) -> str:
+        if not name:
+            return because("unknown-block", "a single module")
+        if reason := managed.reason(module, "it"):
+            return reason
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(parent, units.Unit) and (isinstance(parent, FusedModule) or fused_class(type(parent))):
+            return because("outside-block", "runs as it is: its output is what the fused part takes")
+        reason = self._reasons.get(parent) or because("unknown-block", "called by a module that is not fused")
+        return because(code_of(reason), f"inside {type(parent).__name__}: {reason}")
 
 
 def kind_of(module: nn.Module) -> str | None:
     """ "conv", "bn", "act" or "pool", or None for any other module."""
-    return next((kind for types, kind in _KINDS if isinstance(module, types)), None)
+    found = next((kind for types, kind in _KINDS if isinstance(module, types)), None)
+    return found or ("bn" if norms.is_norm(module) else None)
 
 
 def _unlike_recipe(module: nn.Module, new: Any) -> str | None:
     """Why a block of a known class cannot be swapped: it does not run the forward the recipe was written for."""
     if "forward" in module.__dict__:
-        return "the block has its own forward"
+        return because("own-forward", "the block has its own forward")
     method = getattr(type(module), new.forward_method, None)
     code = getattr(method, "__code__", None)
     if code is None or set(code.co_names) != new.forward_names:
-        return f"{type(module).__name__}.{new.forward_method} is not the one the recipe was written for"
+        name = f"{type(module).__name__}.{new.forward_method}"
+        return because("unknown-forward", f"{name} is not the one the recipe was written for")
     children = _taken_over(module, new)
     missing = [name for name, child in children.items() if not isinstance(child, nn.Module)]
-    return f"no child module {missing[0]}" if missing else None
+    if missing:
+        return because("missing-child", f"no child module {missing[0]}")
+    return next(filter(None, (sites.child_blocked(role, child) for role, child in children.items())), None)
 
 
 def _taken_over(block: nn.Module, new: Any) -> dict[str, Any]:
@@ -167,12 +257,3 @@ def _claim(
             claimed[child] = (row, downsample)
     if new.adds:
         additions.append((Row(name, "add", main is None, main or ""), block))
-
-
-def _unclaimed(model: nn.Module, name: str) -> str:
-    if not name:
-        return "a single module"
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, FusedModule) or fused_class(type(parent)):
-        return "runs as it is: its output is what the fused part takes"
-    return f"inside {type(parent).__name__}, which no recipe covers"

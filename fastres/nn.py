@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres import arguments, functional, layout, sites
+from fastres import arguments, functional, layout, observe, reasons, sites
 from fastres.batch_norm import SyncBatchNorm, convert_sync_batchnorm
 from fastres.error_notes import named
 
@@ -79,8 +79,10 @@ class AddAct(nn.Module):
     @named
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         same = isinstance(residual, Tensor) and x.shape == residual.shape and x.dtype is residual.dtype
-        reason = None if same and layout.dense(x) is x else "the inputs differ in shape or dtype, or have gaps"
+        fits = same and layout.dense(x) is x
+        reason = None if fits else reasons.because("shape", "the inputs differ in shape or dtype, or have gaps")
         if sites.blocked(self, x, reason) is None:
+            observe.stand_for(self)
             return functional.add_act(x, residual, act=self.act)
         return _activate(x + residual, self.act)
 

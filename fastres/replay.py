@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from fastres import batch_norm
+from fastres import batch_norm, hooks
 from fastres.kernels import extension
 from fastres.kernels import program as programs
 
@@ -200,4 +200,4 @@ def _replayable(module: nn.Module, forwards: tuple[Any, ...]) -> bool:
     """Whether all that the module's call does is to run code that was recorded."""
     kind = type(module)
     known = kind.forward is _PLAIN[kind] if kind in _PLAIN else kind.forward in forwards
-    return known and "forward" not in module.__dict__ and not any(getattr(module, hooks) for hooks in _HOOKS)
+    return known and "forward" not in module.__dict__ and not hooks.hooked(module)

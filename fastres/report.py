@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from fastres import reasons
+
 
 @dataclass(frozen=True)
 class Row:
@@ -15,16 +17,34 @@ class Row:
         kind: "conv", "bn", "act", "add" or "pool".
         fused: whether it runs (explain) or can run (fuse_) inside a fused op.
         reason: why not, or "".
-        kernel: name of the kernel that serves it (explain only), or "".
         note: what else is to be known of an operation that is fused, or "".
+
+    Of explain only:
+        block: name of the block whose time and memory it shares; its own name outside of blocks that fuse_ knows.
+        op: the op of fastres that did it, such as "conv_bn_act", or "".
+        kernel, method: name of the kernel that ran it, and how, where that kernel has several ways; or "".
+        backward: name of the kernel that ran its gradient, where that is an op of fastres and was asked for; or "".
+        eager_bytes, fused_bytes: activations that are read and written for it in one call (in training mode forward and
+            backward), in eager and as it ran; None if it did not run.
     """
 
     name: str
     kind: str
     fused: bool
     reason: str = ""
-    kernel: str = ""
     note: str = ""
+    block: str = ""
+    op: str = ""
+    kernel: str = ""
+    method: str = ""
+    backward: str = ""
+    eager_bytes: int | None = None
+    fused_bytes: int | None = None
+
+    @property
+    def code(self) -> str:
+        """The reason's code, one of fastres.reasons.CODES; "" if it is fused."""
+        return reasons.code_of(self.reason)
 
 
 @dataclass
@@ -50,8 +70,6 @@ class Report:
             for kind in ("conv", "bn", "act", "add", "pool")
             if by_kind[kind]
         ]
-        kernels: Counter[str] = Counter(row.kernel for row in self.rows if row.kernel)
-        lines += [f"  by kernel {name}: {count}" for name, count in kernels.most_common()]
         notes: Counter[str] = Counter(row.note for row in self.rows if row.fused and row.note)
         lines += [f"  note on {count}: {note}" for note, count in notes.items()]
         left = [row for row in self.rows if not row.fused]
@@ -63,7 +81,3 @@ class Report:
 
 class FuseReport(Report):
     """What fuse_ changed: `fused` means that the operation's block now has a fast path."""
-
-
-class ExplainReport(Report):
-    """What ran in one forward: `fused` means that the fast path was taken."""

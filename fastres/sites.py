@@ -16,7 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fastres import arguments, batch_norm, config, folding, functional, ops, replay
+from fastres import (
+    arguments,
+    batch_norm,
+    config,
+    folding,
+    functional,
+    hooks,
+    managed,
+    observe,
+    ops,
+    reasons,
+    replay,
+    switches,
+)
 from fastres.batch_norm import BatchNorm
 from fastres.kernels import convolution as convolution_kernel
 from fastres.kernels import extension, program, table
@@ -31,20 +44,6 @@ _GLOBAL_HOOKS = (
     nn_module._global_backward_pre_hooks,
 )
 
-#: While fastres.explain runs: what a block tells about itself, (block, reason or None).
-_listener: Callable[[nn.Module, str | None], None] | None = None
-
-
-@contextmanager
-def listening(listener: Callable[[nn.Module, str | None], None]) -> Any:
-    """Calls `listener(block, reason)` for every fused block that runs; reason is None on the fast path."""
-    global _listener
-    before, _listener = _listener, listener
-    try:
-        yield
-    finally:
-        _listener = before
-
 
 def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.Module) -> str | None:
     """Why `block` has to run its original forward on `x` now, or None.
@@ -54,9 +53,10 @@ def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.
         children: the modules the fast path would not call, under the names of their roles: conv, bn, relu or maxpool,
             with or without a number.
     """
-    reason = reason or _input_blocked(x) or _children_blocked(x, children)
-    if _listener is not None:
-        _listener(block, reason)
+    reason = reason or managed.reason(block, "the block") or _input_blocked(x) or switches.reason(block, x)
+    reason = reason or _children_blocked(x, children)
+    if observe.listener is not None:
+        observe.listener(block, reason)
     return reason
 
 
@@ -71,7 +71,7 @@ def chain_of_blocks(
     if (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        or _listener is not None
+        or observe.listener is not None
         or not config.keep_folded_weights
         or _input_blocked(x) is not None
         or not x.is_cpu
@@ -80,19 +80,19 @@ def chain_of_blocks(
     ):
         return forward(x)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    inputs = (x.shape, x.dtype, channels_last, config.winograd, table.setting())
+    inputs = (x.shape, x.dtype, channels_last, config.winograd, table.setting(), switches.epoch())
     return replay.chain_of_blocks(owner, parts, forwards, x, inputs, forward)
 
 
 def together(network: nn.Module, x: Any) -> AbstractContextManager[None]:
     """For the forward of a whole network: what each of its layers would launch for itself, casts of weights and updates
     of running statistics, is launched once, where a kernel has that."""
-    if torch.compiler.is_compiling() or not network.training or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or not network.training or type(x) is not Tensor or observe.off:
         return nullcontext()
     if not table.fused_kernel_serves("update_all_running_stats_", ([x],)):
         return nullcontext()
     modules = list(network.modules())
-    if any(_GLOBAL_HOOKS) or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+    if any(_GLOBAL_HOOKS) or any(map(hooks.hooked, modules)):
         return nullcontext()  # a hook may look at running statistics
     return _together([m for m in modules if type(m) is nn.Conv2d], x)
 
@@ -105,23 +105,59 @@ def _together(convolutions: list[nn.Conv2d], x: Tensor) -> Iterator[None]:
 
 def _input_blocked(x: Any) -> str | None:
     if type(x) is not Tensor and type(x) is not nn.Parameter:
-        return f"input is a {type(x).__name__}, not a plain tensor"
+        return reasons.because("tensor", f"input is a {type(x).__name__}, not a plain tensor")
     if x.layout is not torch.strided or x.is_nested or x.dtype not in _DTYPES:
-        return f"input is {x.layout}, {x.dtype}"
+        plain = x.layout is torch.strided and not x.is_nested
+        return reasons.because("dtype" if plain else "tensor", f"input is {x.layout}, {x.dtype}")
     if x.dim() != 4:
-        return f"input has {x.dim()} dimensions"
+        return reasons.because("shape", f"input has {x.dim()} dimensions")
     if reason := table.no_fused_kernel("bn_act", x.device.type):
-        return reason
+        return reasons.because("no-kernel", reason)
+    if observe.off:
+        return "original forwards were asked for"
     if any(_GLOBAL_HOOKS):
-        return "global module hooks"
+        return reasons.because("hook", "global module hooks")
     if not torch.compiler.is_compiling():
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "inside a torch.func transform"
+            return reasons.because("functorch", "inside a torch.func transform")
         if torch.autograd.forward_ad._current_level >= 0:
-            return "forward-mode differentiation"
+            return reasons.because("forward-ad", "forward-mode differentiation")
         if torch._C._is_tracing():
-            return "torch.jit.trace"
+            return reasons.because("tracing", "torch.jit.trace")
     return None
+
+
+def step_blocked(x: Any, conv: Any, bn: Any) -> str | None:
+    """Why act(bn(conv(x)) + ...) may not run fused on this x, for modules that may be replaced (`child_blocked`) or
+    stand for one that is (fastres.batch_norm.Frozen). None for a convolution or batch norm that is not part of it."""
+    reason = _input_blocked(x)
+    if reason is None and conv is not None:
+        reason = _conv_blocked(conv, x, registration.autocast_enabled(x.device.type))
+    if reason is None and bn is not None:
+        reason = batch_norm.blocked(bn, x)
+    return reason
+
+
+def add_blocked(x: Any, residual: Any) -> str | None:
+    """Why relu(x + residual) may not run fused, or None."""
+    if reason := _input_blocked(x) or _input_blocked(residual):
+        return reason
+    if x.shape != residual.shape or x.dtype is not residual.dtype or x.stride() != residual.stride():
+        return "the two sides of the addition differ in shape, dtype or layout"
+    return None if x.device == residual.device else f"an addition of {x.device} and {residual.device}"
+
+
+def add_act(x: Tensor, residual: Tensor, *, act: str) -> Tensor:
+    """act(x + residual), where `add_blocked` has nothing against it."""
+    y = functional.add_act(x, residual, act=act)
+    replay.note(lambda x, residual, relu: functional.add_act(x, residual, act=act), x, residual, act == "relu", y)
+    return y
+
+
+def tell(module: nn.Module, reason: str | None) -> None:
+    """Tells the listener about `module`."""
+    if observe.listener is not None:
+        observe.listener(module, reason)
 
 
 def _children_blocked(x: Tensor, children: dict[str, nn.Module]) -> str | None:
@@ -150,45 +186,72 @@ _ROLES: dict[str, dict[Any, Any]] = {
 
 def child_blocked(role: str, child: nn.Module) -> str | None:
     """Why a child may not be replaced by fused code whatever its input is, or None."""
+    if reason := managed.reason(child, role):
+        return reason
     forwards = _ROLES.get(role) or _ROLES[role.rstrip("0123456789")]
     kind = type(child)
     if kind not in forwards:
-        return f"{role} is a {kind.__name__}, not a plain {next(iter(forwards)).__name__}"
+        plain = next(iter(forwards)).__name__
+        return reasons.because("unknown-module", f"{role} is a {kind.__name__}, not a plain {plain}")
     if kind.forward is not forwards[kind]:
-        return f"{kind.__name__}.forward was replaced"
-    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-        return f"hooks on {role}"
-    if "forward" in child.__dict__:
-        return f"{role} has its own forward"
-    if kind is nn.Conv2d and (child.padding_mode != "zeros" or isinstance(child.padding, str)):
-        return f"padding {child.padding!r}, mode {child.padding_mode!r}"
+        return reasons.because("own-forward", f"{kind.__name__}.forward was replaced")
+    if reason := child_changed(role, child):
+        return reason
+    if kind is nn.Conv2d:
+        return padding_blocked(child)
     return _max_pool_blocked(child) if kind is nn.MaxPool2d else None
+
+
+def padding_blocked(conv: Any) -> str | None:
+    """Why ops do not serve the padding of a convolution, or None."""
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return reasons.because("geometry", f"padding {conv.padding!r}, mode {conv.padding_mode!r}")
+    return None
+
+
+def child_changed(role: str, child: nn.Module) -> str | None:
+    """Why calling a child does more than to run the forward of its class, or None."""
+    if hooks.hooked(child):
+        return reasons.because("hook", f"hooks on {role}")
+    if "forward" in child.__dict__:
+        return reasons.because("own-forward", f"{role} has its own forward")
+    return None
 
 
 def _conv_blocked(conv: nn.Conv2d, x: Tensor, cast: bool) -> str | None:
     weight, _ = folding.conv_tensors(conv)
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return f"convolution weight is a {type(weight).__name__}"
+        return reasons.because("tensor", f"convolution weight is a {type(weight).__name__}")
     if weight.device != x.device:
-        return f"input on {x.device}, weight on {weight.device}"
+        return reasons.because("device", f"input on {x.device}, weight on {weight.device}")
     if weight.dtype is not x.dtype and not cast:
-        return f"input is {x.dtype}, convolution weight {weight.dtype}"
+        return reasons.because("dtype", f"input is {x.dtype}, convolution weight {weight.dtype}")
     return None
 
 
 def _max_pool_blocked(pool: Any) -> str | None:
     sizes = (pool.kernel_size, pool.stride, pool.padding)
     if pool.dilation != 1 or pool.ceil_mode or pool.return_indices or not all(isinstance(s, int) for s in sizes):
-        return "max-pooling with dilation, ceil_mode, indices or uneven windows"
+        return reasons.because("geometry", "max-pooling with dilation, ceil_mode, indices or uneven windows")
     if pool.kernel_size > 15 or -(-pool.kernel_size // pool.stride) > 4 or pool.padding > pool.kernel_size // 2:
-        return f"pooling window {pool.kernel_size} with stride {pool.stride}"
+        return reasons.because("geometry", f"pooling window {pool.kernel_size} with stride {pool.stride}")
     return None
 
 
-def bn_act(bn: BatchNorm, x: Tensor, *, act: str, residual: Tensor | None = None, recompute: bool = False) -> Tensor:
-    """act(bn(x) + residual) with the module's attributes as they are now. recompute: as in fastres.functional."""
+def bn_act(
+    bn: BatchNorm,
+    x: Tensor,
+    *,
+    act: str,
+    residual: Tensor | None = None,
+    recompute: bool = False,
+    promote: bool = False,
+) -> Tensor:
+    """act(bn(x) + residual) with the module's attributes as they are now. recompute: as in fastres.functional; promote:
+    a residual of another shape or dtype is added as by `+`, else as by `+=`."""
     if residual is not None and not _fits(residual, x.shape, x):
-        return _add_separately(bn_act(bn, x, act="identity"), residual, act)
+        return _add_separately(bn_act(bn, x, act="identity"), residual, act, promote)
+    observe.stand_for(bn)
     y = functional.bn_act(
         x,
         *batch_norm.running(bn),
@@ -205,6 +268,7 @@ def bn_act(bn: BatchNorm, x: Tensor, *, act: str, residual: Tensor | None = None
 
 def bn_act_maxpool(bn: BatchNorm, pool: Any, x: Tensor, *, act: str) -> Tensor:
     """pool(act(bn(x))) with the modules' attributes as they are now."""
+    observe.stand_for(bn, pool)
     y = functional.bn_act_maxpool(
         x,
         *batch_norm.running(bn),
@@ -224,9 +288,18 @@ def stem(block: nn.Module, x: Tensor, conv: Any, bn: Any, relu: Any, maxpool: An
     """maxpool(relu(bn(conv(x)))) of `block` in one pass, in inference and where that is legal and a kernel has it; else
     None."""
     children = {"conv": conv, "bn": bn, "relu": relu, "maxpool": maxpool}
-    if _input_blocked(x) or _children_blocked(x, children) or bn.training or not folding.packs(x):
+    if _input_blocked(x) or _children_blocked(x, children):
         return None
-    if torch.is_grad_enabled() and wants_gradient(conv, bn, x, None):
+    y = conv_bn_relu_maxpool(conv, bn, maxpool, x)
+    if y is not None and observe.listener is not None:
+        observe.listener(block, None)
+    return y
+
+
+def conv_bn_relu_maxpool(conv: nn.Conv2d, bn: BatchNorm, maxpool: Any, x: Tensor) -> Tensor | None:
+    """maxpool(relu(bn(conv(x)))) in one pass, in inference and where a kernel has it; else None. The caller has asked
+    whether it is legal."""
+    if bn.training or not folding.packs(x) or (torch.is_grad_enabled() and wants_gradient(conv, bn, x, None)):
         return None
     kept = folding.folded(conv, bn, x)
     if kept is None or not isinstance(kept[0], convolution_kernel.Packed):
@@ -235,8 +308,7 @@ def stem(block: nn.Module, x: Tensor, conv: Any, bn: Any, relu: Any, maxpool: An
     run = kept[0].then_maxpool(*window)
     if run is None or min(pooled(size, *window) for size in kept[1][2:]) < 1:  # eager has its own error for that
         return None
-    if _listener is not None:
-        _listener(block, None)
+    observe.ran((conv, bn, maxpool), "conv_maxpool", kept[0].kernel)
     y = run(x, None, True)
     replay.note(run, x, None, True, y)
     return y
@@ -246,36 +318,28 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """conv(x): in inference with packed weights, else conv_bias_act; the module itself where that is not legal."""
     if _input_blocked(x) or _children_blocked(x, {"conv": conv}) or x.dtype is torch.float64:
         return conv(x)
-    if not (torch.is_grad_enabled() and wants_gradient(conv, None, x, None)) and (
-        kept := folding.folded(conv, None, x)
-    ):
-        y = kept[0](x, None, False)
-        replay.note(kept[0], x, None, False, y)
-        return y
-    stride, padding, dilation, groups = folding.geometry(conv)
-    return functional.conv_bias_act(
-        x,
-        conv.weight,
-        conv.bias,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        act="identity",
-    )
+    return conv_act(conv, x, act="identity")
 
 
 def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
-    """conv(x) + residual: in inference with packed weights, else conv_bias_act. The caller has asked `blocked`."""
+    """conv(x) + residual, as conv_act."""
+    return conv_act(conv, x, act="identity", residual=residual)
+
+
+def conv_act(conv: nn.Conv2d, x: Tensor, *, act: str, residual: Tensor | None = None, promote: bool = False) -> Tensor:
+    """act(conv(x) + residual): in inference with packed weights, else conv_bias_act. The caller has asked `blocked`.
+    promote: as in `bn_act`."""
+    relu = act == "relu"
     if not (torch.is_grad_enabled() and wants_gradient(conv, None, x, residual)):
         kept = folding.folded(conv, None, x)
-        if kept is not None and _fits(residual, kept[1], x):
-            y = kept[0](x, residual, False)
-            replay.note(kept[0], x, residual, False, y)
-            return y
+        if kept is not None and (residual is None or _fits(residual, kept[1], x)):
+            return _run_folded(kept[0], (conv,), x, residual, relu)
     stride, padding, dilation, groups = folding.geometry(conv)
-    shape = arguments.check_convolution(x, conv.weight, conv.bias, (stride, padding, dilation, groups))
-    fits = _fits(residual, shape, x)
+    fits = residual is None
+    if residual is not None:
+        shape = arguments.check_convolution(x, conv.weight, conv.bias, (stride, padding, dilation, groups))
+        fits = _fits(residual, shape, x)
+    observe.stand_for(conv)
     y = functional.conv_bias_act(
         x,
         conv.weight,
@@ -285,9 +349,9 @@ def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
         padding=padding,
         dilation=dilation,
         groups=groups,
-        act="identity",
+        act=act if fits else "identity",
     )
-    return y if fits else _add_separately(y, residual, "identity")
+    return y if fits else _add_separately(y, residual, act, promote)
 
 
 def zero_pad(shortcut: Any, x: Tensor) -> Tensor:
@@ -340,22 +404,23 @@ def conv_bn_act(
     residual: Tensor | None = None,
     recompute: bool = False,
     fork: list[Tensor] | None = None,
+    promote: bool = False,
 ) -> Tensor:
     """act(bn(conv(x)) + residual): in inference one convolution with folded, packed weights, else conv_bn_act.
-    recompute, for results that do not leave the block, and fork: as in fastres.functional.conv_bn_act."""
+    recompute, for results that do not leave the block, and fork: as in fastres.functional.conv_bn_act; promote: as in
+    `bn_act`."""
     if not bn.training and not (torch.is_grad_enabled() and wants_gradient(conv, bn, x, residual)):
         kept = folding.folded(conv, bn, x)
         if kept is not None and (residual is None or _fits(residual, kept[1], x)):
             if fork is not None:
                 fork.append(x)
-            y = kept[0](x, residual, act == "relu")
-            replay.note(kept[0], x, residual, act == "relu", y)
-            return y
+            return _run_folded(kept[0], (conv, bn), x, residual, act == "relu")
     geometry = folding.geometry(conv)
     # Its errors come before the batch is counted.
     shape = arguments.check_convolution(x, conv.weight, conv.bias, geometry)
     if residual is not None and not _fits(residual, shape, x):
-        return _add_separately(conv_bn_act(conv, bn, x, act="identity"), residual, act)
+        return _add_separately(conv_bn_act(conv, bn, x, act="identity", fork=fork), residual, act, promote)
+    observe.stand_for(conv, bn)
     return functional.conv_bn_act(
         x,
         conv.weight,
@@ -375,6 +440,15 @@ def conv_bn_act(
     )
 
 
+def _run_folded(
+    run: table.PackedConvolution, modules: tuple[nn.Module, ...], x: Tensor, residual: Tensor | None, relu: bool
+) -> Tensor:
+    observe.ran(modules, "conv_bias_act", run.kernel)
+    y = run(x, residual, relu)
+    replay.note(run, x, residual, relu, y)
+    return y
+
+
 def _fits(residual: Any, shape: Any, x: Tensor) -> bool:
     """Whether a residual can be added inside an op: all else has the rules and errors of eager's `+=`."""
     if not isinstance(residual, Tensor):
@@ -383,9 +457,12 @@ def _fits(residual: Any, shape: Any, x: Tensor) -> bool:
     return residual.shape == torch.Size(shape) and residual.device == x.device and (cast or residual.dtype is x.dtype)
 
 
-def _add_separately(y: Tensor, residual: Any, act: str) -> Tensor:
+def _add_separately(y: Tensor, residual: Any, act: str, promote: bool) -> Tensor:
     replay.spoil()
-    y += residual
+    if promote:
+        y = y + residual
+    else:
+        y += residual
     return y.relu() if act == "relu" else y
 
 

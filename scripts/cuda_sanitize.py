@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,51 @@ BUGS = (
         "data race",
     ),
     Bug(
+        "blocks that do not wait for the last one",
+        "threads",
+        "reduce.cuh",
+        "      while (peek(counter) <= blocks) __nanosleep(kNap);\n",
+        "",
+        "data race",
+        "persistent.cu",
+    ),
+    Bug(
+        "fence missing before the last block lets the others go on",
+        "threads",
+        "reduce.cuh",
+        "      __threadfence();  // of what finish wrote\n",
+        "",
+        "data race",
+        "persistent.cu",
+    ),
+    Bug(
+        "a block that does not come to where the others wait",
+        "memory",
+        "persistent.cu",
+        "  const Kept<T, kWidth> kept(memory);\n  const T* x",
+        "  const Kept<T, kWidth> kept(memory);\n  if (blockIdx.y == 1) return;\n  const T* x",
+        "blocks wait for what none of these does",
+        "persistent.cu",
+    ),
+    Bug(
+        "room on the chip for one tile less",
+        "memory",
+        "persistent.cu",
+        "divide_up(found.view.tiles, splits) * tile;",
+        "(divide_up(found.view.tiles, splits) - 1) * tile + 64;",
+        "heap-buffer-overflow",
+        "persistent.cu",
+    ),
+    Bug(
+        "what is kept begins within 16 bytes",
+        "memory",
+        "persistent.cu",
+        "explicit Kept(uint4* memory) : memory_(memory) {}",
+        "explicit Kept(uint4* memory) : memory_(reinterpret_cast<uint4*>(reinterpret_cast<char*>(memory) + 4)) {}",
+        "misaligned address",
+        "persistent.cu",
+    ),
+    Bug(
         "rows behind the last one",
         "memory",
         "tile.cuh",
@@ -89,8 +135,8 @@ BUGS = (
         "a barrier that not all threads reach",
         "memory",
         "statistics.cu",
-        "\n  __syncthreads();\n  float near",
-        "\n  if (thread < 200) __syncthreads();\n  float near",
+        "\n  __syncthreads();\n  float sums",
+        "\n  if (thread < 200) __syncthreads();\n  float sums",
         "a barrier is not reached by all threads",
     ),
 )
@@ -106,9 +152,9 @@ def execute(program: Path, sanitizer: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, env=os.environ | OPTIONS)
 
 
-def seed(bug: Bug) -> Path:
-    """The program with the bug in one kernel; the other objects are those without it."""
-    place = SOURCES.parents[1] / "build" / "cuda" / "seeded"
+def seed(bug: Bug, program: Path) -> Path:
+    """The program with the bug in one kernel; the other objects are those of `program`, which is without it."""
+    place = SOURCES.parents[1] / "build" / "cuda" / "seeded" / str(BUGS.index(bug))
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(SOURCES, place)
     text = (place / bug.file).read_text()
@@ -117,7 +163,7 @@ def seed(bug: Bug) -> Path:
     command = on_cpu_command(bug.sanitizer)
     changed = place / f"{bug.kernel}.o"
     run([*command, "-x", "c++", "-c", str(place / bug.kernel), "-o", str(changed)])
-    objects = link(bug.sanitizer).with_name(f"check_{bug.sanitizer}.objects")
+    objects = program.with_name(f"{program.name}.objects")
     others = [str(o) for o in sorted(objects.glob("*.o")) if o.stem != Path(bug.kernel).stem]
     flags = [flag for flag in command if flag.startswith("-fsanitize")]
     # First: of an inline function that several objects have, the linker takes the first.
@@ -125,28 +171,34 @@ def seed(bug: Bug) -> Path:
     return place / "check"
 
 
+def notice(bug: Bug, program: Path) -> bool:
+    """Whether the sanitizer says what it must; prints that."""
+    start = time.monotonic()
+    done = execute(seed(bug, program), bug.sanitizer)
+    found = done.returncode != 0 and any(words in done.stdout + done.stderr for words in bug.says.split("|"))
+    text = f"seeded: {bug.name}: {'noticed' if found else 'NOT NOTICED'} in {time.monotonic() - start:.0f} s"
+    if not found:
+        text += f"\nexit status {done.returncode}, without the words {bug.says!r}\n"
+        text += done.stdout[-1000:] + done.stderr[-3000:]
+    print(text, flush=True)
+    return found
+
+
 def main() -> None:
     if toolkit() is None:
         sys.exit("cuda-sanitize: there is no CUDA toolkit")
-    failed = 0
+    failed, programs = 0, {}
     for sanitizer in ARGUMENTS:
         start = time.monotonic()
-        done = execute(link(sanitizer), sanitizer)
+        programs[sanitizer] = link(sanitizer)
+        done = execute(programs[sanitizer], sanitizer)
         right = done.returncode == 0 and "all kernels are right" in done.stdout
         failed += not right
         print(f"{sanitizer}: {'passed' if right else 'FAILED'} in {time.monotonic() - start:.0f} s", flush=True)
         if not right:
             print(done.stdout + done.stderr[-6000:])
-    for bug in BUGS:
-        start = time.monotonic()
-        done = execute(seed(bug), bug.sanitizer)
-        found = done.returncode != 0 and any(words in done.stdout + done.stderr for words in bug.says.split("|"))
-        failed += not found
-        verdict = "noticed" if found else "NOT NOTICED"
-        print(f"seeded: {bug.name}: {verdict} in {time.monotonic() - start:.0f} s", flush=True)
-        if not found:
-            print(f"exit status {done.returncode}, without the words {bug.says!r}")
-            print(done.stdout[-1000:], done.stderr[-3000:])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        failed += sum(not noticed for noticed in pool.map(lambda bug: notice(bug, programs[bug.sanitizer]), BUGS))
     sys.exit(failed > 0)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastres
 import fastres.models.resnet
-from fastres import folding, sites
+from fastres import folding, observe
 from fastres.kernels import extension
 from fastres.testing import LAYOUTS, budget, relative_error
 
@@ -218,7 +218,7 @@ def off_the_kinks(model: nn.Module, x: Tensor, mode: str | None) -> Tensor:
 def watched() -> Iterator[Seen]:
     """Collects what every fused module says about its path: (module, reason), reason None on the fast path."""
     seen: Seen = []
-    with sites.listening(lambda module, reason: seen.append((module, reason))):
+    with observe.listening(lambda module, reason: seen.append((module, reason))):
         yield seen
 
 

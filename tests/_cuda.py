@@ -37,19 +37,21 @@ def load() -> None:
     defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-DPy_LIMITED_API=0x030a0000"]
     command = cuda_tools.on_cpu_command("none", *defines, *include)
     link = ["-shared", "-Wl,--no-as-needed", f"-L{torch_ / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    sources = [*cuda_tools.kernels(), cuda_tools.SOURCES / "module.cpp"]
+    sources = [*cuda_tools.kernels(), *sorted(cuda_tools.SOURCES.glob("*.cpp"))]
     torch.ops.load_library(cuda_tools.build("on_cpu.so", command, sources, link))
 
 
 @contextmanager
-def cuda_kernels() -> Iterator[None]:
-    """In this context the CUDA kernels serve the ops, and no others; tensors are made on DEVICE."""
-    with pytest.MonkeyPatch.context() as patched, fastres.use_kernels("cuda"), DEVICE:
+def cuda_kernels(*names: str) -> Iterator[None]:
+    """In this context the kernels of these names ("cuda" if none is given) serve the ops, and no others; tensors are
+    made on DEVICE."""
+    names = names or ("cuda",)
+    with pytest.MonkeyPatch.context() as patched, fastres.use_kernels(*names), DEVICE:
         if DEVICE.type == "cpu":
             load()
             for (op, device_type), row in [*table.TABLE.items()]:
                 if device_type == "cuda":
-                    served = [k for k in row if k.name == "cuda"]
+                    served = [k for k in row if k.name in names]
                     patched.setitem(table.TABLE, (op, "cpu"), [_available(k) for k in served])
         yield
 

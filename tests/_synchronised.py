@@ -1,15 +1,14 @@
-"""What the processes of test_synchronised.py run: every case on its part of a batch, results saved for the test."""
+"""What several processes do for test_synchronised.py: every case on its part of a batch, results saved for the test."""
 
 from __future__ import annotations
 
-import traceback
+import functools
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from _distributed import NHWC, WORLDS, check
 from torch import Tensor, nn
 
 import fastres
@@ -17,7 +16,7 @@ from fastres import functional
 from fastres.kernels import extension
 from fastres.models.resnet import Bottleneck, ResNet
 
-NHWC, NCHW = torch.channels_last, torch.contiguous_format
+NCHW = torch.contiguous_format
 #: Images of each process.
 SPLITS = {2: (5, 3), 3: (4, 0, 2)}
 
@@ -276,18 +275,14 @@ CASES: dict[str, Callable[[int, int], dict[str, Tensor]]] = {
 }
 
 
-def work(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    results: dict[str, Any] = {}
-    for name, case in CASES.items():
-        if name in MODULES and not extension.available() or name == "compiled" and world > 2:  # it takes seconds
-            continue
-        try:
-            results[name] = case(rank, world)
-        except Exception:  # the test of this case shows it
-            results[name] = traceback.format_exc()
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+#: What this process found, by case.
+RESULTS: dict[str, dict[str, Tensor]] = {}
+
+
+def find(rank: int, world: int, name: str) -> None:
+    if name not in MODULES or extension.available():
+        RESULTS[name] = CASES[name](rank, world)
+
+
+for _name in CASES:
+    check(f"synchronised: {_name}", (2,) if _name == "compiled" else WORLDS)(functools.partial(find, name=_name))

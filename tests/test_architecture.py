@@ -18,18 +18,19 @@ PACKAGE = Path(fastres.__file__).parent
 
 #: Lowest first. A module may import from its own layer and from those below.
 LAYERS = (
-    ("errors", "error_notes", "config", "layout", "reference", "reference_join", "synchronised_reference"),
+    ("errors", "error_notes", "hooks", "config", "reasons", "observe", "layout"),
+    ("reference", "reference_join", "synchronised_reference"),
     ("kernels",),
     ("ops",),
-    ("arguments", "memory"),
+    ("arguments", "memory", "running_statistics"),
     ("functional",),
-    ("replay", "batch_norm"),
+    ("replay", "batch_norm", "managed", "switches"),
     ("folding",),
     ("graphs", "report", "sites"),
-    ("nn", "recipes", "models", "fuse", "explain", "summary", "images", "testing"),
-    ("verify", "bench", "doctor", "train"),
+    ("nn", "recipes", "models", "factory", "fuse", "explain", "summary", "images", "testing", "aside", "decisions"),
+    ("verify", "bench", "doctor", "train", "tune", "canary"),
     ("analysis", "transfer"),
-    ("cli", "cli_models", "__main__", "__init__"),
+    ("cli", "cli_models", "cli_tune", "cli_verify", "__main__", "__init__"),
 )
 #: Imported when a function runs, not when its module is loaded, so no cycle: a model fuses itself.
 LATE = {("models", "fuse")}

@@ -49,10 +49,12 @@ def names(op, x):
 
 def test_order_of_the_table(measured):
     small, other = on_gpu(2, 8, 4, 4, order="channels_last"), on_gpu(2, 8, 4, 4)
-    assert names("bn_act", small) == ["cuda", "triton", "reference"]
-    assert names("bn_act", other) == ["triton", "cuda", "reference"]
+    assert names("bn_act", small) == ["cuda", "triton", "cuda_persistent", "reference"]
+    assert names("bn_act", other) == ["triton", "cuda", "cuda_persistent", "reference"]
     with table.use_kernels("triton", "reference"):
         assert names("bn_act", small) == ["triton", "reference"]
+    with table.use_kernels("cuda_persistent", "cuda"):  # in the order in which they are named
+        assert names("bn_act", small) == ["cuda_persistent", "cuda"]
 
 
 def test_other_architectures_have_no_rules(measured, monkeypatch):

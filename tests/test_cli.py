@@ -13,7 +13,7 @@ import pytest
 
 from fastres import cli, doctor
 
-COMMANDS = ("bench", "verify", "explain", "models", "train", "doctor")
+COMMANDS = ("bench", "verify", "explain", "models", "tune", "train", "doctor")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -44,7 +44,7 @@ def tree(tmp_path):
     root = tmp_path / "check out"
     built = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
     shutil.copytree(ROOT / "fastres", root / "fastres", ignore=built)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "fastres_pytest.py"):
         shutil.copy(ROOT / name, root)
     (root / "README.md").write_text("# fastres\n")
     (root / "csrc" / "cpu").mkdir(parents=True)
@@ -95,10 +95,11 @@ def test_wheel(tree):
     (wheel,) = (tree / "dist").glob("*.whl")
     assert re.fullmatch(r"fastres-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"fastres/_C.abi3.so", "fastres/_build_info.json", "fastres/py.typed", "fastres/cli.py"} <= set(names)
+    own = {"fastres/_C.abi3.so", "fastres/_build_info.json", "fastres/py.typed", "fastres/cli.py", "fastres_pytest.py"}
+    assert own <= set(names)
     assert not [name for name in names if name.startswith(("tests", "csrc", "scripts", "benchmarks"))]
     entry_points = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("entry_points.txt")))
-    assert b"fastres = fastres.cli:main" in entry_points
+    assert b"fastres = fastres.cli:main" in entry_points and b"fastres_pytest = fastres_pytest" in entry_points
 
 
 def test_pure_wheel(tree):

@@ -1,10 +1,13 @@
 """Synchronised batch norm over two and three processes, with uneven and empty batches, against one process with all
 images; tests/_synchronised.py is what the processes run."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from _synchronised import BATCHED, OPS, SPLITS, batches, gradients, leaves, network, parts, tensors, train, work
+from _distributed import found, launched, outcome
+from _synchronised import BATCHED, OPS, SPLITS, batches, gradients, leaves, network, parts, tensors, train
 from torch import nn
 
 import fastres
@@ -20,19 +23,20 @@ worlds = pytest.mark.parametrize("world", SPLITS)
 SUMMED = ("grad_weight", "grad_bias", "grad_conv_weight", "grad_conv_bias")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+@functools.cache
+def saved(world):
+    return [torch.load(launched(world) / f"synchronised-{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+@pytest.fixture
+def results():
     """results(world, case): what each process found."""
-    found = {}
 
     def of(world, case):
-        if world not in found:
-            folder = tmp_path_factory.mktemp(f"world{world}")
-            torch.multiprocessing.spawn(work, (world, str(folder)), nprocs=world)
-            found[world] = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-        ranks = [ranks[case] for ranks in found[world]]
-        assert not any(isinstance(rank, str) for rank in ranks), "\n".join(map(str, ranks))
-        return ranks
+        name = f"synchronised: {case}"
+        if wrong := outcome(world, name, found(world)):
+            pytest.fail(wrong, pytrace=False)
+        return [ranks[case] for ranks in saved(world)]
 
     return of
 

@@ -1,19 +1,11 @@
 // The backward of bn_act: a reduction to the gradients of weight and bias, then grad_x.
-#include "reduce.cuh"
+#include "passes.cuh"
 
 namespace fastres::cuda {
 namespace {
 
 constexpr int kUnroll = 2;
 constexpr int kBlocks = 4;  // of a multiprocessor, for apply
-
-// What the ReLU lets through of the gradient g of value i.
-template <class W>
-__device__ float behind_relu(Relu relu, const Normalise<W>& normalise, float g, float x, unsigned bits, int i) {
-  if (relu == Relu::kRecomputed) return normalise(x, i) <= 0.0f ? 0.0f : g;
-  if (relu == Relu::kMasked) return bits >> i & 1 ? g : 0.0f;
-  return g;
-}
 
 template <class T, bool kChannelsLast, int kWidth>
 __global__ void __launch_bounds__(kThreads, kResident)
@@ -23,35 +15,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   using W = Walk<kChannelsLast, kWidth>;
   const W walk(view);
   const Normalise<W> normalise(walk, norm, norm_shared);
-  const T *grad = static_cast<const T*>(gradient.grad_y), *x = static_cast<const T*>(gradient.x);
-  T* masked = static_cast<T*>(reduced.masked);
-  float sums[2][W::kOwn] = {};  // of g and of g * (x - near)
-  for (int64_t tile = blockIdx.y; tile < view.tiles; tile += kUnroll * static_cast<int64_t>(gridDim.y)) {
-    Pack<T, kWidth> grads[kUnroll], values[kUnroll];
-    Place places[kUnroll];
-    unsigned bits[kUnroll] = {};
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      places[u] = walk.at(tile + u * static_cast<int64_t>(gridDim.y));
-      if (!places[u].exists) continue;
-      grads[u] = load<kWidth>(grad + places[u].offset);
-      values[u] = load<kWidth>(x + places[u].offset);
-      if (gradient.relu == Relu::kMasked) bits[u] = load_mask<kWidth>(gradient.mask, places[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (!places[u].exists) continue;
-      float g[kWidth];
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const int k = W::own(i);
-        g[i] = behind_relu(gradient.relu, normalise, grads[u][i], values[u][i], bits[u], i);
-        sums[0][k] += g[i];
-        sums[1][k] = fmaf(g[i], values[u][i] - normalise.near[k], sums[1][k]);
-      }
-      if (masked) store(masked + places[u].offset, g);
-    }
-  }
+  float sums[2][W::kOwn] = {};
+  sum_gradients<T, kWidth>(walk, normalise, gradient, static_cast<T*>(reduced.masked), sums, Nothing{});
   reduce(walk, sums, work, shared, [&](int64_t channel, const double (&totals)[2]) {
     finish_gradient(norm, reduced, gradient.training, view.channels, view.count(), channel, totals[0], totals[1]);
   });

@@ -10,13 +10,19 @@
 
 #include "kernels.h"
 
-// FASTRES_SHARED(Type, name): a variable of the block. tests/cuda_on_cpu/cuda_on_cpu.h has its own, of the heap, where a
-// sanitizer sees its bounds.
+// FASTRES_SHARED(Type, name): a variable of the block; FASTRES_SHARED_BYTES(name): a pointer to as many bytes as the launch
+// gives it. tests/cuda_on_cpu/cuda_on_cpu.h has its own, of the heap, where a sanitizer sees their bounds.
 #ifndef FASTRES_CUDA_ON_CPU
 #define FASTRES_SHARED(type, name) __shared__ type name
+#define FASTRES_SHARED_BYTES(name) extern __shared__ uint4 name[]
 #endif
 
 namespace fastres::cuda {
+
+#ifndef FASTRES_CUDA_ON_CPU
+// A value that another block changes. It orders nothing by itself: see __threadfence.
+__device__ inline unsigned peek(const unsigned* p) { return *static_cast<const volatile unsigned*>(p); }
+#endif
 
 constexpr int kThreads = 256, kWarp = 32;
 constexpr int kResident =
@@ -60,15 +66,25 @@ __device__ inline Pack<T, kWidth> load(const T* p) {
   return pack;
 }
 
-template <int kWidth, class T>
-__device__ inline void store(T* p, const float (&values)[kWidth]) {
+template <class T, int kWidth>
+__device__ inline Pack<T, kWidth> rounded(const float (&values)[kWidth]) {
   Pack<T, kWidth> pack;
   if constexpr (kWidth == 1) {
     T pair[2];
     from_float(values[0], values[0], pair);
-    *p = pair[0];
+    pack.values[0] = pair[0];
   } else {
     for (int i = 0; i < kWidth; i += 2) from_float(values[i], values[i + 1], pack.values + i);
+  }
+  return pack;
+}
+
+template <int kWidth, class T>
+__device__ inline void store(T* p, const float (&values)[kWidth]) {
+  const Pack<T, kWidth> pack = rounded<T>(values);
+  if constexpr (kWidth == 1) {
+    *p = pack.values[0];
+  } else {
     uint4 raw[sizeof pack / sizeof(uint4)];
     memcpy(raw, &pack, sizeof pack);
     // Not *p = raw: the compiler splits some of those into stores of 4 bytes.
@@ -104,6 +120,31 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, [[maybe_unused]] co
   config.gridDim = grid;
   config.blockDim = dim3(kThreads);
   config.stream = queue.stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+#endif
+}
+
+// The same with `shared` bytes of memory for each block, and all blocks running at once, so that they may wait for each other.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_together(void (*kernel)(Parameters...), dim3 grid, int64_t shared,
+                            [[maybe_unused]] const Queue& queue, const Arguments&... arguments) {
+#ifdef FASTRES_CUDA_ON_CPU
+  return cuda_on_cpu::launch_together(grid, kThreads, static_cast<size_t>(shared), [=] { kernel(arguments...); });
+#else
+  // It is a limit of the kernel; without this it is 48 KB.
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = queue.stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #endif
 }

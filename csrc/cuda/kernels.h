@@ -40,6 +40,8 @@ struct Norm {
 struct Queue {
   int multiprocessors;
   cudaStream_t stream;
+  // Bytes of shared memory of a multiprocessor, and of a block at most; 0: nothing is kept there between two passes.
+  int64_t shared = 0, shared_block = 0;
 };
 
 // Memory of a reduction: `floats(...)` values of any content, and `counters(...)` that are 0 and are left so. Two launches
@@ -92,6 +94,16 @@ cudaError_t backward_reduce(const Shape& shape, const Norm& norm, const Gradient
 // From the last rows to the first: what the reduction read last is still in the cache.
 cudaError_t backward_apply(const Shape& shape, const Norm& norm, const Gradient& gradient, const float* factors,
                            void* grad_x, const Queue& queue);
+
+// Both passes in one launch, with what they read twice kept on the chip in between. For batch statistics, channels_last with a
+// multiple of 8 channels, and pointers that are multiples of 16; an error where it does not fit.
+bool fits_on_chip(const Shape& shape, bool backward, const Queue& queue);
+// statistics and apply: norm.mean and norm.var are not read, args.used_mean and args.used_var not written.
+cudaError_t persistent(const Shape& shape, const Norm& norm, const Apply& args, double* mean, double* var,
+                       const Workspace& work, const Queue& queue);
+// backward_reduce and backward_apply, with `factors`.
+cudaError_t persistent_backward(const Shape& shape, const Norm& norm, const Gradient& gradient, const Reduced& reduced,
+                                void* grad_x, const Workspace& work, const Queue& queue);
 
 // The end of a block with a projection: y = act(batch_norm(x) + batch_norm(x of the other branch)). mask as in Apply.
 struct Branch {

@@ -24,10 +24,10 @@ __device__ inline int parts_of(int sums) {
   return parts < 1 ? 1 : parts > kWarp ? kWarp : parts;
 }
 
-// finish(channel, totals), by one thread for each channel: the sums of what all threads have in `mine`.
-template <class W, int kSums, class Finish>
-__device__ inline void reduce(const W& walk, const float (&mine)[kSums][W::kOwn], const Workspace& work,
-                              SumsShared<kSums>& shared, const Finish& finish) {
+// Adds up what the threads of the block have, and leaves it where the last block finds it.
+template <class W, int kSums>
+__device__ inline void leave_sums(const W& walk, const float (&mine)[kSums][W::kOwn], const Workspace& work,
+                                  SumsShared<kSums>& shared) {
   const int thread = threadIdx.x, channels = walk.channels(), sums = kSums * channels,
             rows = kThreads / walk.view.lanes;
   for (int s = 0; s < kSums; ++s) {
@@ -53,13 +53,24 @@ __device__ inline void reduce(const W& walk, const float (&mine)[kSums][W::kOwn]
     }
   }
   __syncthreads();
-  if (thread == 0) {
+}
+
+// Tells the counter of the group of channels that the block has left its sums. Returns whether all others have.
+template <int kSums>
+__device__ inline bool arrive(unsigned* counter, unsigned last_count, SumsShared<kSums>& shared) {
+  if (threadIdx.x == 0) {
     __threadfence();  // of what the whole block wrote
-    shared.last = atomicInc(work.tickets + blockIdx.x, gridDim.y - 1) == gridDim.y - 1;  // which leaves 0
+    shared.last = atomicInc(counter, last_count) == gridDim.y - 1;
     __threadfence();
   }
   __syncthreads();
-  if (!shared.last) return;
+  return shared.last;
+}
+
+// The last block: adds up what all have left, in the order of the blocks.
+template <class W, int kSums, class Finish>
+__device__ inline void add_up(const W& walk, const Workspace& work, SumsShared<kSums>& shared, const Finish& finish) {
+  const int thread = threadIdx.x, channels = walk.channels(), sums = kSums * channels, parts = parts_of(sums);
   for (int i = thread; i < sums * parts; i += kThreads) {
     double sum = 0.0;
     const int c = i % sums % channels, which = i % sums / channels;
@@ -79,6 +90,43 @@ __device__ inline void reduce(const W& walk, const float (&mine)[kSums][W::kOwn]
     }
     if (walk.has(c)) finish(walk.first + c, totals);
   }
+}
+
+// finish(channel, totals), by one thread for each channel: the sums of what all threads have in `mine`.
+template <class W, int kSums, class Finish>
+__device__ inline void reduce(const W& walk, const float (&mine)[kSums][W::kOwn], const Workspace& work,
+                              SumsShared<kSums>& shared, const Finish& finish) {
+  leave_sums(walk, mine, work, shared);
+  if (!arrive(work.tickets + blockIdx.x, gridDim.y - 1, shared)) return;  // which leaves 0
+  add_up(walk, work, shared, finish);
+}
+
+// The same, after which every block of the launch, which must run all at once (launch_together), sees what finish wrote.
+//
+// The counter of a group of n blocks goes from 0 to n as they arrive, to n + 1 when the last one has finished, and to 2 n,
+// which is 0 again, as the others go on. Only blocks of the same channels wait for each other.
+template <class W, int kSums, class Finish>
+__device__ inline void reduce_and_wait(const W& walk, const float (&mine)[kSums][W::kOwn], const Workspace& work,
+                                       SumsShared<kSums>& shared, const Finish& finish) {
+  constexpr unsigned kNap = 40;  // ns: about the time in which a value that another block wrote gets here
+  unsigned* counter = work.tickets + blockIdx.x;
+  const unsigned blocks = gridDim.y, last_count = 2 * blocks - 1;
+  leave_sums(walk, mine, work, shared);
+  const bool last = arrive(counter, last_count, shared);
+  if (last) {
+    add_up(walk, work, shared, finish);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    if (last) {
+      __threadfence();  // of what finish wrote
+    } else {
+      while (peek(counter) <= blocks) __nanosleep(kNap);
+      __threadfence();
+    }
+    atomicInc(counter, last_count);
+  }
+  __syncthreads();
 }
 
 // What the last block makes of sum g and sum g * (x - near).

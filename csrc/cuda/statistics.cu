@@ -1,34 +1,8 @@
 // Mean and variance of every channel, and the running statistics.
-//
-// Sums of x - k and (x - k)^2 do not cancel where k is near the mean: the mean of a few values from all over the channel.
-#include "reduce.cuh"
+#include "passes.cuh"
 
 namespace fastres::cuda {
 namespace {
-
-constexpr int kUnroll = 4;  // accesses on their way at once
-
-template <bool kChannelsLast, class T>
-__device__ float point(const View& view, const T* x, int64_t channel) {
-  constexpr int kSamples = 8;
-  float sum = 0.0f;
-  int finite = 0;
-  for (int s = 0; s < kSamples; ++s) {
-    const int64_t at = s * view.count() / kSamples;
-    const int64_t image = kChannelsLast ? 0 : quotient(at, view.pixels);
-    const float value =
-        to_float(kChannelsLast ? x[at * view.channels + channel]
-                               : x[(image * view.channels + channel) * view.pixels + at - image * view.pixels]);
-    const bool use = isfinite(value);  // if a value is not, the sums will say so
-    sum += use ? value / kSamples : 0.0f;
-    finite += use;
-  }
-  return finite == 0 ? 0.0f : sum * (static_cast<float>(kSamples) / finite);
-}
-
-struct Points {
-  float near[kMostChannels];
-};
 
 template <class T, bool kChannelsLast, int kWidth>
 __global__ void __launch_bounds__(kThreads, kResident)
@@ -41,37 +15,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (thread < walk.channels() && walk.has(thread))
     points.near[thread] = point<kChannelsLast>(view, x, walk.first + thread);
   __syncthreads();
-  float near[W::kOwn], sums[2][W::kOwn] = {};  // of the distance and of its square
-  for (int k = 0; k < W::kOwn; ++k) {
-    const int own = walk.lane * W::kOwn + k;
-    near[k] = walk.has(own) ? points.near[own] : 0.0f;
-  }
-  for (int64_t tile = blockIdx.y; tile < view.tiles; tile += kUnroll * static_cast<int64_t>(gridDim.y)) {
-    Pack<T, kWidth> packs[kUnroll];
-    bool exists[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const Place place = walk.at(tile + u * static_cast<int64_t>(gridDim.y));
-      exists[u] = place.exists;
-      if (place.exists) packs[u] = load<kWidth>(x + place.offset);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (!exists[u]) continue;
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const float distance = packs[u][i] - near[W::own(i)];
-        sums[0][W::own(i)] += distance;
-        sums[1][W::own(i)] = fmaf(distance, distance, sums[1][W::own(i)]);
-      }
-    }
-  }
-  reduce(walk, sums, work, shared, [&](int64_t channel, const double (&totals)[2]) {
-    const double count = static_cast<double>(view.count()), distance = totals[0] / count;
-    const double biased = totals[1] / count - distance * distance;
-    mean[channel] = points.near[channel - walk.first] + distance;
-    var[channel] = biased < 0.0 ? 0.0 : biased;
-  });
+  float sums[2][W::kOwn] = {};
+  sum_distances<T, kWidth>(walk, x, points, sums, Nothing{});
+  reduce(walk, sums, work, shared, Moments{points, walk.first, view.count(), mean, var});
 }
 
 constexpr int kLayers = 40;  // of a launch: kernels take 4 KB of arguments

@@ -60,9 +60,14 @@ struct Walk {
   }
 };
 
-// How a launch cuts an activation: f(Type<T>, constant<channels_last>, constant<width>, view, grid).
-template <class F>
-cudaError_t with_view(const Shape& shape, bool wide, const Queue& queue, int blocks, const F& f) {
+// How a launch cuts an activation. groups: of channels, one for each blockIdx.x.
+struct Cut {
+  View view;
+  int64_t groups;
+  int width;  // values of a thread
+};
+
+inline cudaError_t cut(const Shape& shape, bool wide, Cut* out) {
   View view{shape.images, shape.channels, shape.pixels, 0, 0, 1};
   if (view.count() <= 0 || shape.channels <= 0) return cudaErrorInvalidValue;
   const int64_t row = shape.channels_last ? shape.channels : shape.pixels;
@@ -80,15 +85,26 @@ cudaError_t with_view(const Shape& shape, bool wide, const Queue& queue, int blo
     view.segments = static_cast<uint32_t>(segments);
     view.tiles = divide_up(shape.images * segments, kThreads / kWarp);
   }
-  int64_t splits = divide_up(static_cast<int64_t>(blocks) * queue.multiprocessors, groups);
+  *out = {view, groups, width};
+  return cudaSuccess;
+}
+
+// f(Type<T>, constant<channels_last>, constant<width>, view, grid), with at most so many blocks for each multiprocessor, but
+// one for each group of channels.
+template <class F>
+cudaError_t with_view(const Shape& shape, bool wide, const Queue& queue, int blocks, const F& f) {
+  Cut found;
+  if (const cudaError_t error = cut(shape, wide, &found); error != cudaSuccess) return error;
+  const View& view = found.view;
+  int64_t splits = divide_up(static_cast<int64_t>(blocks) * queue.multiprocessors, found.groups);
   splits = splits < view.tiles ? splits : view.tiles;
-  const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(splits < 65535 ? splits : 65535));
+  const dim3 grid(static_cast<unsigned>(found.groups), static_cast<unsigned>(splits < 65535 ? splits : 65535));
   return with_dtype(shape.dtype, [&](auto type) {
     if (shape.channels_last) {
-      if (width == 1) return f(type, std::true_type{}, std::integral_constant<int, 1>{}, view, grid);
+      if (found.width == 1) return f(type, std::true_type{}, std::integral_constant<int, 1>{}, view, grid);
       return f(type, std::true_type{}, std::integral_constant<int, kWide>{}, view, grid);
     }
-    if (width == 1) return f(type, std::false_type{}, std::integral_constant<int, 1>{}, view, grid);
+    if (found.width == 1) return f(type, std::false_type{}, std::integral_constant<int, 1>{}, view, grid);
     return f(type, std::false_type{}, std::integral_constant<int, kWide>{}, view, grid);
   });
 }

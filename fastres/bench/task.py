@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,36 +61,29 @@ def build_model(spec: str) -> nn.Module:
     Raises:
         UserError: if there is no such model.
     """
-    from torch import nn
+    from fastres import factory
 
-    from fastres import models
-
-    if ":" not in spec:
-        return models.create_model(spec, fused=False)
-    module, _, name = spec.partition(":")
-    try:
-        model = getattr(importlib.import_module(module), name)()
-    except Exception as error:  # whatever the module does when it is imported or called
-        raise UserError(f"no model {spec}: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{spec}() gave a {type(model).__name__}, not an nn.Module")
-    return model
+    return factory.make(spec)[0]
 
 
 def prepared_model(spec: str, images: torch.Tensor, checkpoint: str | None = None, seed: int = 0) -> nn.Module:
-    """A model with weights that make sense: the checkpoint's, or seeded ones with batch-norm statistics of these
-    images.
+    """A model with weights that make sense: see `prepare_`.
 
     Raises:
         UserError: if there is no such model or checkpoint, or the model does not take these images.
     """
     import torch
 
+    torch.manual_seed(seed)
+    return prepare_(build_model(spec), images, checkpoint)
+
+
+def prepare_(model: nn.Module, images: torch.Tensor, checkpoint: str | None = None) -> nn.Module:
+    """Loads the checkpoint, or without one gives the batch norms the statistics of these images. Returns the model in
+    eval mode."""
     from fastres import images as photographs
     from fastres import models
 
-    torch.manual_seed(seed)
-    model = build_model(spec)
     if checkpoint is not None:
         models.load_checkpoint(model, checkpoint)
     else:

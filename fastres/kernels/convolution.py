@@ -22,6 +22,9 @@ from torch import Tensor
 from fastres import config, layout, reference
 from fastres.kernels import extension, onednn
 
+#: The methods by the numbers that `method` gives.
+METHODS = ("oneDNN", "matrix product", "Winograd 4x4", "Winograd 2x2", "grouped", "Winograd in rows")
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -68,6 +71,11 @@ def method(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dil
     )
 
 
+def method_name(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *options: Any) -> str:
+    """The method that serves conv_bias_act of these arguments."""
+    return METHODS[method(x, weight, *options[:4])]
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
     """A convolution with packed weights: what `prepare` returns."""
@@ -81,6 +89,10 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes
+
+    @property
+    def kernel(self) -> tuple[str, str]:
+        return "cpu", METHODS[self.method]
 
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         residual = None if residual is None else layout.like(residual.to(x.dtype), True)

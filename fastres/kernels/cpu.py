@@ -35,6 +35,14 @@ def conv_bn_act_why_not(x: Tensor, conv_weight: Tensor, *args: Any) -> str | Non
     return why_not(x)
 
 
+def conv_bn_act_method(x: Tensor, conv_weight: Tensor, *args: Any) -> str:
+    """Whose convolution stands before batch norm: one of our methods, or ATen's."""
+    geometry = args[6:10]
+    if convolution.why_not(x, conv_weight, None, None, *geometry) is not None:
+        return "ATen's convolution"
+    return convolution.METHODS[convolution.method(x, conv_weight, *geometry)]
+
+
 def conv_bn_act_backward_why_not(grad_y: Tensor, x: Tensor, conv_weight: Tensor, raw: Tensor, *args: Any) -> str | None:
     return why_not(raw)
 

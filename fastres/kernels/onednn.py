@@ -48,6 +48,10 @@ class Packed:
     order: torch.memory_format
     nbytes: int
 
+    @property
+    def kernel(self) -> tuple[str, str]:
+        return "onednn", ""
+
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         x = x.contiguous(memory_format=self.order)
         return conv_bias_act(x, self.weight, self.bias, residual, *self.geometry, relu)

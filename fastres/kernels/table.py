@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastres import reference, reference_join, synchronised_reference
-from fastres.kernels import choices, convolution, cpu, cuda, cudnn, onednn, triton
+from fastres.kernels import choices, convolution, cpu, cuda, cudnn, onednn, persistent, triton
 
 
 class PackedConvolution(Protocol):
@@ -23,6 +23,10 @@ class PackedConvolution(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that its weights take."""
+
+    @property
+    def kernel(self) -> tuple[str, str] | None:
+        """Name and method of the kernel that a call runs; None if a call asks the table."""
 
     def __call__(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor: ...
 
@@ -36,6 +40,7 @@ class Kernel:
         run: takes the arguments of the raw op.
         unavailable: why it cannot run in this process at all, or None.
         why_not: why it does not serve a call with these arguments, or None.
+        method: how it would do a call with these arguments, in a word or two, where it has several ways.
         prepare: conv_bias_act only: packs a weight once, prepare(x, weight, bias, *geometry).
     """
 
@@ -44,6 +49,7 @@ class Kernel:
     unavailable: Callable[[], str | None]
     why_not: Callable[..., str | None]
     prepare: Callable[..., PackedConvolution] | None = None
+    method: Callable[..., str] = lambda *args: ""
 
 
 def _reference(op: str) -> Kernel:
@@ -61,6 +67,11 @@ def _triton(op: str, module: str, why_not: Callable[..., str | None] = triton.wh
 
 def _cuda(op: str, why_not: Callable[..., str | None] = cuda.why_not) -> Kernel:
     return Kernel("cuda", getattr(cuda, op), cuda.unavailable, why_not)
+
+
+def _persistent(op: str, why_not: Callable[..., str | None]) -> Kernel:
+    """Behind "cuda", which serves all that it does: only a measured choice, or force, brings it to the front."""
+    return Kernel("cuda_persistent", getattr(persistent, op), cuda.unavailable, why_not)
 
 
 _BATCH_NORM_OPS = (
@@ -83,7 +94,7 @@ def _part(name: str, run: Callable[..., Any], why_not: Callable[..., str | None]
 TABLE: dict[tuple[str, str], list[Kernel]] = {
     **{(op, "cpu"): [_cpu(op), _reference(op)] for op in _BATCH_NORM_OPS},
     ("conv_bn_act", "cpu"): [
-        Kernel("cpu", cpu.conv_bn_act, cpu.unavailable, cpu.conv_bn_act_why_not),
+        Kernel("cpu", cpu.conv_bn_act, cpu.unavailable, cpu.conv_bn_act_why_not, method=cpu.conv_bn_act_method),
         _reference("conv_bn_act"),
     ],
     ("conv_bn_act_backward", "cpu"): [
@@ -99,7 +110,14 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
         _reference("conv1x1_bn_act_backward"),
     ],
     ("conv_bias_act", "cpu"): [
-        Kernel("cpu", convolution.conv_bias_act, convolution.unavailable, convolution.why_not, convolution.prepare),
+        Kernel(
+            "cpu",
+            convolution.conv_bias_act,
+            convolution.unavailable,
+            convolution.why_not,
+            convolution.prepare,
+            convolution.method_name,
+        ),
         Kernel("onednn", onednn.conv_bias_act, onednn.unavailable, onednn.why_not, onednn.prepare),
         _reference("conv_bias_act"),
     ],
@@ -119,12 +137,23 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
     **{
         (op, "cuda"): [_triton(op, module), _cuda(op), _reference(op)]
         for module, ops in (
-            ("batch_norm", ("bn_act", "bn_act_backward")),
             ("join", ("bn_add_bn_act", "bn_add_bn_act_backward")),
             ("elementwise", ("add_act", "add_act_backward")),
         )
         for op in ops
     },
+    ("bn_act", "cuda"): [
+        _triton("bn_act", "batch_norm"),
+        _cuda("bn_act"),
+        _persistent("bn_act", persistent.why_not),
+        _reference("bn_act"),
+    ],
+    ("bn_act_backward", "cuda"): [
+        _triton("bn_act_backward", "batch_norm"),
+        _cuda("bn_act_backward"),
+        _persistent("bn_act_backward", persistent.backward_why_not),
+        _reference("bn_act_backward"),
+    ],
     ("bn_act_maxpool", "cuda"): [
         _triton("bn_act_maxpool", "pool", triton.bn_act_maxpool_why_not),
         _cuda("bn_act_maxpool"),
@@ -152,11 +181,13 @@ TABLE: dict[tuple[str, str], list[Kernel]] = {
     ("conv_bn_act", "cuda"): [
         _triton("conv_bn_act", "convolution_ops", triton.conv_bn_act_why_not),
         _cuda("conv_bn_act", cuda.conv_bn_act_why_not),
+        _persistent("conv_bn_act", persistent.conv_bn_act_why_not),
         _reference("conv_bn_act"),
     ],
     ("conv_bn_act_backward", "cuda"): [
         _triton("conv_bn_act_backward", "convolution_ops", triton.conv_bn_act_backward_why_not),
         _cuda("conv_bn_act_backward", cuda.conv_bn_act_backward_why_not),
+        _persistent("conv_bn_act_backward", persistent.conv_bn_act_backward_why_not),
         _reference("conv_bn_act_backward"),
     ],
     ("update_running_stats_", "cuda"): [
@@ -187,11 +218,11 @@ _forced: tuple[str, ...] | None = None
 
 
 def kernels(op: str, device_type: str) -> list[Kernel]:
-    """The kernels of `op` on a device type, best first; only the forced ones inside `use_kernels`."""
+    """The kernels of `op` on a device type, best first; inside `use_kernels` only the forced ones, in their order."""
     found = TABLE.get((op, device_type)) or [_reference(op)]
     if _forced is None or op in _UPDATES:
         return found
-    return [kernel for kernel in found if kernel.name in _forced]
+    return [kernel for name in _forced for kernel in found if kernel.name == name]
 
 
 def _first(args: tuple[Any, ...]) -> Tensor:
@@ -221,6 +252,30 @@ def select(op: str, args: tuple[Any, ...]) -> Kernel:
         reasons.append(f"{kernel.name}: {reason}")
     what = "; ".join(reasons) or f"{' or '.join(_forced or ())} has no kernel for it on {_first(args).device.type}"
     raise RuntimeError(f"fastres::{op}: no kernel may serve this call ({what})")
+
+
+#: While fastres.explain runs: told of every call, (op, kernel, arguments).
+_watcher: Callable[[str, Kernel, tuple[Any, ...]], None] | None = None
+
+
+@contextmanager
+def watching(watcher: Callable[[str, Kernel, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Calls `watcher(op, kernel, arguments)` before every call that a kernel of the table serves, forward and
+    backward."""
+    global _watcher
+    before, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
+def run(op: str, args: tuple[Any, ...]) -> Any:
+    """The result of the kernel that serves this call; raises as `select`."""
+    kernel = select(op, args)
+    if _watcher is not None:
+        _watcher(op, kernel, args)
+    return kernel.run(*args)
 
 
 def fused_kernel_serves(op: str, args: tuple[Any, ...]) -> bool:
@@ -254,8 +309,8 @@ def use_kernels(*names: str) -> Iterator[None]:
     """Only the named kernels serve inside the `with` block, in the whole process: for tests and benchmarks.
 
     Args:
-        names: "reference", "cpu", "onednn", "triton", "cuda", "cudnn"; in the table's order of preference, whatever
-            the order here.
+        names: "reference", "cpu", "onednn", "triton", "cuda", "cuda_persistent", "cudnn"; the first that may serve a
+            call does.
 
     Raises:
         ValueError: for a name that no kernel has.

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fastres.kernels import table
 
+#: Called with the results of an op, or None.
+Then = Callable[[Any], None] | None
+
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 _LIBRARY = torch.library.Library("fastres", "DEF")
 _casts: dict[Any, Callable[..., Sequence[Any]]] = {}
@@ -24,7 +27,7 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
     """Registers `fastres::<schema>` with its fake and returns the op."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    _LIBRARY.impl(name, lambda *args: table.select(name, args).run(*args), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, lambda *args: table.run(name, args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastres::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fastres, name).default
 
@@ -38,10 +41,25 @@ def differentiable(
     """Gives `op` its gradient. Returns the function to call: op itself for tracing and without gradients, and for
     eager training an autograd.Function around it, which costs half of what a registered formula costs.
 
+    It takes `then` besides op's arguments: what to do with op's results before anything is saved for backward.
+    Checkpointing may end a recomputation once the last tensor is saved, and what is done later would not happen.
+
     eager_backward: of eager training, where it is not `backward`: what it calls need not be traceable."""
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
     eager = _function(op, lambda *args: op(*args), setup_context, eager_backward or backward)
-    return lambda *args: apply(op, eager, args) if _records(args) else op(*args)
+
+    def call(*args: Any, then: Then = None) -> Any:
+        if _records(args):
+            return apply(op, eager, (*args, then))
+        return _and_then(op(*args), then)
+
+    return call
+
+
+def _and_then(results: Any, then: Then) -> Any:
+    if then is not None:
+        then(results)
+    return results
 
 
 def served_by(op: Any, *args: Any) -> str:
@@ -61,11 +79,11 @@ def forked(
         backward,
     )
 
-    def call_forked(*args: Any) -> Any:
+    def call_forked(*args: Any, then: Then = None) -> Any:
         x = args[0]
         if not may_fork(x) or not _records(args):
-            return (*call(*args), x)
-        return apply(op, eager, args)
+            return (*call(*args, then=then), x)
+        return apply(op, eager, (*args, then))
 
     return call_forked
 
@@ -78,7 +96,12 @@ def may_fork(x: Tensor) -> bool:
 def _function(
     op: Any, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Any:
-    methods = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    """Takes one argument more than `forward`: what to do with the results, or None."""
+    methods = {
+        "forward": lambda *args: _and_then(forward(*args[:-1]), args[-1]),
+        "setup_context": lambda ctx, inputs, output: setup_context(ctx, inputs[:-1], output),
+        "backward": lambda ctx, *grads: (*backward(ctx, *grads), None),
+    }
     return type(
         op.name().split("::")[1],
         (torch.autograd.Function,),

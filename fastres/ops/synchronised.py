@@ -37,7 +37,7 @@ Result = tuple[Tensor, Tensor, Tensor, int]
 
 
 def _part(name: str, *args: Any) -> Any:
-    return table.select(name, args).run(*args)
+    return table.run(name, args)
 
 
 def combine(statistics: tuple[Tensor, Tensor], count: int, group: Any) -> tuple[Tensor, Tensor, int]:

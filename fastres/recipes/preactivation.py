@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastres import sites
+from fastres import reasons, sites
 from fastres.models.blocks import ZeroPadShortcut
 from fastres.recipes.residual import CifarForward, FusedModule, StemForward, children_of, shortcut_of
 
@@ -26,7 +26,8 @@ def _blocked(block: Any, x: Tensor, children: dict[str, Any]) -> bool:
     # Eager computes the shortcut last, fused code before the last convolution: that shows if it shares a child.
     own = {id(child) for child in children.values()}
     shared = block.downsample is not None and any(id(module) in own for module in block.downsample.modules())
-    return sites.blocked(block, x, "module shared with the shortcut" if shared else None, **children) is not None
+    reason = reasons.because("shared-module", "module shared with the shortcut") if shared else None
+    return sites.blocked(block, x, reason, **children) is not None
 
 
 def _first(block: Any, bn1: Any, conv1: Any, bn2: Any, x: Tensor) -> tuple[Tensor, Tensor]:

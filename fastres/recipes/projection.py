@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import arguments, batch_norm, folding, functional, sites
+from fastres import arguments, batch_norm, folding, functional, observe, sites
 from fastres.batch_norm import FORWARDS, BatchNorm
 from fastres.kernels import table
 
@@ -65,7 +65,9 @@ def join(
     if norm.training:  # as in eager, where such an error leaves the shortcut's batch uncounted
         arguments.check_values_per_channel(shape)
     other_norm = _norm(other_bn)
-    return functional.bn_add_bn_act(_convolved(conv, y), norm, _convolved(other_conv, x), other_norm)
+    raw, other = _convolved(conv, y), _convolved(other_conv, x)
+    observe.stand_for(bn, other_bn)
+    return functional.bn_add_bn_act(raw, norm, other, other_norm)
 
 
 def _norm(bn: BatchNorm) -> functional.BatchNorm:
@@ -76,6 +78,7 @@ def _norm(bn: BatchNorm) -> functional.BatchNorm:
 
 def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
     stride, padding, dilation, groups = folding.geometry(conv)
+    observe.stand_for(conv)
     return functional.conv_bias_act(
         x,
         conv.weight,

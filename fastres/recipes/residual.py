@@ -3,12 +3,13 @@ writes them this way."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastres import error_notes, sites
+from fastres import error_notes, reasons, sites, switches
 from fastres.batch_norm import BatchNorm
 from fastres.models.blocks import ZeroPadShortcut
 from fastres.recipes import projection
@@ -34,11 +35,28 @@ class FusedModule:
 
     @classmethod
     def unfused_class(cls) -> type[nn.Module]:
-        """The class that the module had before the swap."""
-        return cls.__mro__[cls.__mro__.index(FusedModule) + 1]
+        """The class that the module had before the swap, with what was mixed into it since (fully_shard does)."""
+        return _unfused(cls)
 
     def _get_name(self) -> str:
         return self.unfused_class().__name__  # repr shows the model as the user wrote it
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script asks for it before it compiles a module."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}, which fastres.fuse_ swapped in for "
+            f"{self._get_name()}: script inside `with fastres.disabled(model):`, or trace"
+        )
+
+
+@functools.cache
+def _unfused(cls: Any) -> Any:
+    swapped = [issubclass(base, FusedModule) and issubclass(base, nn.Module) for base in cls.__bases__]
+    if not any(swapped):
+        return cls.__mro__[cls.__mro__.index(FusedModule) + 1]
+    bases = tuple(_unfused(base) if found else base for base, found in zip(cls.__bases__, swapped, strict=True))
+    attributes = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__.replace("Fused", "", 1), bases, attributes)
 
 
 def shortcut_of(block: Any, x: Tensor, found: projection.Projection | None = None) -> Any:
@@ -82,7 +100,8 @@ def _blocked(block: Any, x: Tensor, **children: nn.Module) -> bool:
     # The shortcut is computed first here and last in eager, which shows if both use one batch norm.
     last = [*children.values()][-1]
     shared = block.downsample is not None and any(module is last for module in block.downsample.modules())
-    return sites.blocked(block, x, "batch norm shared with the shortcut" if shared else None, **children) is not None
+    reason = reasons.because("shared-module", "batch norm shared with the shortcut") if shared else None
+    return sites.blocked(block, x, reason, **children) is not None
 
 
 class BasicBlockForward(FusedModule):
@@ -180,6 +199,8 @@ class StemForward(FusedModule):
 
     def _stem(self: Any, x: Tensor) -> Tensor:
         conv, bn, relu, maxpool = self.conv1, self.bn1, self.relu, self.maxpool
+        if switches.reason(self, x) and sites.blocked(self, x):
+            return maxpool(relu(bn(conv(x))))
         y = sites.stem(self, x, conv, bn, relu, maxpool)
         if y is not None:
             return y

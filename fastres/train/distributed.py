@@ -61,7 +61,8 @@ class World:
 
 @contextmanager
 def world(device: str) -> Iterator[World]:
-    """Joins the processes that torchrun started, with NCCL on GPUs and gloo on the CPU; else it is one process.
+    """Joins the processes that torchrun started, with NCCL on GPUs and gloo on the CPU; else it is one process. A
+    process group that is there already is used, and stays.
 
     Args:
         device: "cpu" or "cuda".
@@ -77,6 +78,9 @@ def world(device: str) -> Iterator[World]:
         torch.cuda.set_device(place)
     if size == 1:
         yield World(place)
+        return
+    if distributed.is_initialized():
+        yield World(place, distributed.get_rank(), distributed.get_world_size())
         return
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     try:

@@ -34,23 +34,29 @@ import torch
 from torch import Tensor, nn
 
 from fastres.kernels import extension
-from fastres.verify.certificate import Certificate, Row, Site
+from fastres.verify.certificate import Certificate, Fault, Row, Site
 from fastres.verify.compare import Comparison
 
-__all__ = ["Certificate", "Row", "Site", "verify"]
+__all__ = ["Certificate", "Fault", "Row", "Site", "verify"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def verify(
-    model: nn.Module, x: Tensor, *, mode: str = "eval", dtype: torch.dtype = torch.float32, seed: int = 0
+    model: nn.Module,
+    x: Tensor | tuple[Any, ...],
+    *,
+    mode: str = "eval",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Certificate:
     """Compares the fused model with eager, both against float64. `model` is not changed: copies run.
 
     Args:
         model: plain or fused by `fuse_`, on the device of x. Copies are put into `mode` as a whole, and their dropout
             is off.
-        x: an input batch, [N, C, H, W], floating point. Real images: on noise a network's activations say little.
+        x: an input batch, [N, C, H, W], floating point, or a tuple of the model's positional arguments, one of them
+            such a tensor. Real images: on noise a network's activations say little.
         mode: "eval": inference (no gradients) of sites and model, and gradients of sites with running statistics.
             "train": forward and backward with batch statistics.
         dtype: float32, bfloat16 or float16. A lower precision is used as people use it: in eval mode the model is
@@ -62,30 +68,35 @@ def verify(
         A Certificate: `.ok`, a table as text, `.to_json()`, `.save(path)`. It is not ok if nothing ran fused.
 
     Raises:
-        TypeError: if model is not an nn.Module or x not a floating-point tensor.
+        TypeError: if model is not an nn.Module or x has no floating-point tensor.
         ValueError: for an unknown mode or dtype; UserError, a subclass, if the model does not run on x in eager.
     """
-    _check(model, x, mode, dtype)
+    inputs = x if isinstance(x, tuple) else (x,)
+    first = _check(model, inputs, mode, dtype)
     start = time.monotonic()
     certificate = Certificate(
-        model._get_name(), mode, str(dtype).removeprefix("torch."), x.device.type, tuple(x.shape), seed
+        model._get_name(), mode, str(dtype).removeprefix("torch."), first.device.type, tuple(first.shape), seed
     )
-    certificate.versions, certificate.machine, certificate.date = _environment(x.device)
-    with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
-        Comparison(model, x, dtype, certificate).run()
+    certificate.versions, certificate.machine, certificate.date = _environment(first.device)
+    with torch.inference_mode(False), torch.autocast(first.device.type, enabled=False):
+        Comparison(model, inputs, dtype, certificate).run()
     certificate.seconds = round(time.monotonic() - start, 1)
     return certificate
 
 
-def _check(model: Any, x: Any, mode: str, dtype: torch.dtype) -> None:
+def _check(model: Any, inputs: tuple[Any, ...], mode: str, dtype: torch.dtype) -> Tensor:
+    """The first floating-point tensor among the inputs."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"verify takes an nn.Module, got {type(model).__name__}")
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"verify takes a floating-point input tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    tensors = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+    if not tensors:
+        got = ", ".join(str(getattr(x, "dtype", type(x).__name__)) for x in inputs)
+        raise TypeError(f"verify takes a floating-point input tensor, got {got}")
     if mode not in ("eval", "train"):
         raise ValueError(f'mode must be "eval" or "train", got {mode!r}')
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    return tensors[0]
 
 
 def _environment(device: torch.device) -> tuple[dict[str, str], dict[str, Any], str]:

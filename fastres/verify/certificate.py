@@ -43,6 +43,10 @@ class Row:
             return 0.0
         return self.fused_error / self.budget if self.budget > 0 and self.fused_error < math.inf else math.inf
 
+    def sentence(self) -> str:
+        """What is wrong, in words."""
+        return f"{self.label}: error {self.fused_error:.1e}, budget {self.budget:.1e} (eager: {self.eager_error:.1e})"
+
     @property
     def label(self) -> str:
         """The tensor as one would write it in code."""
@@ -64,6 +68,17 @@ class Site:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a site (or "(model)") beside values outside their budget."""
+
+    site: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text if self.site == MODEL else f"{self.site}: {self.text}"
+
+
 @dataclass
 class Certificate:
     """The result of `fastres.verify`.
@@ -72,8 +87,8 @@ class Certificate:
         model: class of the model. mode: "eval" or "train". dtype: such as "float32". device: type of the input's.
         input_shape: of the batch. seed: of the upstream gradients.
         rows: everything that was compared.
-        sites: every block, shortcut and stem that could run fused, and whether it did.
-        problems: what is wrong beside rows outside their budget.
+        sites: every block, shortcut and stem that could run fused, in the order of the forward, and whether it did.
+        faults: what is wrong beside rows outside their budget.
         versions: of Python, torch and fastres. machine: processor, instruction set of the kernels, threads.
         date: UTC, ISO 8601. seconds: how long it took.
     """
@@ -86,7 +101,7 @@ class Certificate:
     seed: int
     rows: list[Row] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     date: str = ""
@@ -95,7 +110,22 @@ class Certificate:
     @property
     def ok(self) -> bool:
         """Every value within its budget, no other problem, and something ran fused at all."""
-        return not self.problems and bool(self.rows) and all(row.ok for row in self.rows)
+        return not self.faults and bool(self.rows) and all(row.ok for row in self.rows)
+
+    @property
+    def problems(self) -> list[str]:
+        """The faults as text."""
+        return [str(fault) for fault in self.faults]
+
+    @property
+    def first(self) -> str | None:
+        """The first site in the order of the forward that fails, "(model)" if only the whole model does, None if all is
+        well. A projection shortcut comes before the block that it is part of."""
+        failed = {row.site for row in self.rows if not row.ok} | {fault.site for fault in self.faults}
+        names = [site.name for site in self.sites if site.name in failed]
+        if not names:
+            return MODEL if failed else None
+        return next((name for name in names if name.startswith(f"{names[0]}.")), names[0])
 
     @property
     def failures(self) -> list[Row]:
@@ -130,19 +160,26 @@ class Certificate:
         lines += [f"{self.fused_sites} of {len(self.sites)} sites ran fused{', not:' if slow else ''}", *_first(slow)]
         return "\n".join([*lines, self.verdict()])
 
+    def failure(self) -> str:
+        """The verdict, and what is outside its budget, worst first."""
+        lines = [f"  {row.site}, {row.sentence()}" for row in self.failures]
+        return "\n".join([f"{self.model}, {self.mode} mode, {self.dtype}: {self.verdict()}", *_first(lines)])
+
     def verdict(self) -> str:
         """One line: PASS or FAIL, and why."""
         what = f"{len(self.rows)} values compared in {self.seconds:.0f} s"
         if self.ok:
             return f"PASS: all within budget ({what})"
         outside = [f"{len(self.failures)} outside the budget"] if self.failures else []
-        return f"FAIL: {'; '.join([*self.problems, *outside])} ({what})"
+        where = [f"first at {self.first}"] if self.first not in (None, MODEL) else []
+        return f"FAIL: {'; '.join([*self.problems, *outside, *where])} ({what})"
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON values; errors that are not finite are the strings "inf" and "nan"."""
         found = asdict(self)
         found["input_shape"] = list(self.input_shape)
-        found["ok"], found["verdict"] = self.ok, self.verdict()
+        found["ok"], found["verdict"], found["first"] = self.ok, self.verdict(), self.first
+        found["problems"] = self.problems
         for entry, row in zip(found["rows"], self.rows, strict=True):
             entry["ok"] = row.ok
             entry.update(

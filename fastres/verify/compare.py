@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import config, sites
+from fastres import config, observe
 from fastres.errors import UserError
 from fastres.fuse import fuse_, unfuse_
 from fastres.kernels import extension
 from fastres.recipes.residual import StemForward, shortcut_of
+from fastres.recipes.units import Unit
 from fastres.testing import budget, relative_error
 from fastres.verify import kinks
-from fastres.verify.certificate import MODEL, Certificate, Row, Site
-from fastres.verify.run import Call, Outcome, captured, plain, run
+from fastres.verify.certificate import MODEL, Certificate, Fault, Row, Site
+from fastres.verify.run import Call, Outcome, captured, run
 
 #: Relative L2 error that the fp32 outputs of a whole model in eval mode may have.
 LOGITS = 1e-5
@@ -32,17 +33,17 @@ _GRADIENTS = ("gradient", "input gradient")
 
 
 class Comparison:
-    """Fills a certificate with what `model` does on `x`.
+    """Fills a certificate with what `model` does on its inputs.
 
     Attributes:
         eager, fused: copies of the model in the dtype of the certificate; oracle: in float64, with the same weights.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, dtype: torch.dtype, certificate: Certificate) -> None:
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, certificate: Certificate) -> None:
         self.certificate, self.dtype, self.training = certificate, dtype, certificate.mode == "train"
         self.autocast = dtype if self.training and dtype is not torch.float32 else None
         stored = torch.float32 if self.training else dtype
-        self.call = Call((x.detach().to(stored),), {})
+        self.call = Call(inputs, {}).map(lambda t: t.detach().to(stored) if t.is_floating_point() else t)
         self.eager = unfuse_(copy.deepcopy(model)).to(stored).train(self.training)
         for module in self.eager.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -55,15 +56,15 @@ class Comparison:
         """The whole model, then every site that ran fused in it."""
         reported: dict[nn.Module, str | None] = {}
         names = {module: name for name, module in self.fused.named_modules()}
-        with sites.listening(reported.__setitem__):
+        with observe.listening(reported.__setitem__):
             fused = self._run_fused(MODEL, self.fused, self.call, self.training, self.certificate.seed)
         found = {names[module]: (module, reason) for module, reason in reported.items() if module in names}
         for name, (module, reason) in found.items():
             self.certificate.sites.append(Site(_site_name(name, module), reason is None, reason or ""))
         if not self.certificate.fused_sites:
             reasons = [site.reason for site in self.certificate.sites] + [row.reason for row in self.fusible.rows]
-            self._problem(f"nothing ran fused ({next(filter(None, reasons), 'nothing to fuse')})")
-        ran = [name for name, (_, reason) in found.items() if reason is None]
+            self._fault(MODEL, f"nothing ran fused ({next(filter(None, reasons), 'nothing to fuse')})")
+        ran = [name for name, (module, reason) in found.items() if reason is None and not _whole_model(name, module)]
         with captured(self.oracle, ran) as exact, captured(self.eager, ran) as rounded:
             truth, eager = self._run_plain(self.oracle, self.eager, self.call, self.training, self.certificate.seed)
         if fused is not None:
@@ -73,15 +74,15 @@ class Comparison:
             inputs = _like(exact.pop(name), rounded.pop(name))
             self.certificate.rows += self._site(name, found[name][0], inputs)
 
-    def _problem(self, text: str) -> None:
-        if text not in self.certificate.problems:
-            self.certificate.problems.append(text)
+    def _fault(self, site: str, text: str) -> None:
+        if Fault(site, text) not in self.certificate.faults:
+            self.certificate.faults.append(Fault(site, text))
 
     def _run_plain(
         self, oracle: nn.Module, eager: nn.Module, call: Call, gradients: bool, seed: int
     ) -> tuple[Outcome, Outcome]:
         how: Any = {"gradients": gradients, "seed": seed, "round_to": self.dtype}
-        with plain():
+        with observe.original_forwards():
             try:
                 found = run(eager, call, autocast=self.autocast, **how)
             except Exception as error:  # whatever the model raises: it is the user's model and input that do not fit
@@ -92,7 +93,7 @@ class Comparison:
         try:
             return run(fused, call, gradients=gradients, seed=seed, round_to=self.dtype, autocast=self.autocast)
         except Exception as error:  # a finding, unless eager raises too
-            self._problem(f"{site}: the fused model raised {type(error).__name__}: {error}")
+            self._fault(site, f"the fused model raised {type(error).__name__}: {error}")
             return None
 
     def _whole(self, truth: Outcome, eager: Outcome, fused: Outcome) -> list[Row]:
@@ -123,15 +124,15 @@ class Comparison:
                 seed = self.certificate.seed + attempt
                 call = _other(inputs, seed) if attempt else inputs
                 if gradients and self.dtype is torch.float32:
-                    with plain():
+                    with observe.original_forwards():
                         call, _ = kinks.avoid(oracle, call, seed)
                 seen: list[str | None] = []
-                with sites.listening(lambda _, reason: seen.append(reason)):  # noqa: B023
+                with observe.listening(lambda _, reason: seen.append(reason)):  # noqa: B023
                     got = self._run_fused(site, fused, call, gradients, seed)
                 if got is None:
                     return rows + tried
                 if not seen or seen[0]:
-                    self._problem(f"{site} does not run fused alone: {seen[0] if seen else ''}")
+                    self._fault(site, f"does not run fused alone: {seen[0] if seen else ''}")
                 new = self._rows(site, *self._run_plain(oracle, eager, call, gradients, seed), got)
                 tried = _better(tried, new) if tried else new
                 if all(row.ok for row in tried if row.kind in _GRADIENTS):
@@ -148,7 +149,7 @@ class Comparison:
             want, witness, got = truth.get(key), eager.get(key), fused.get(key)
             if want is None or witness is None or got is None or got.dtype is not witness.dtype:
                 got_is, witness_is = (None if t is None else t.dtype for t in (got, witness))
-                self._problem(f"{site} {name} ({kind}): fused gives {got_is}, eager {witness_is}")
+                self._fault(site, f"{name} ({kind}): fused gives {got_is}, eager {witness_is}")
                 continue
             scale = _scale(key, truth)
             errors = (_error(kind, witness, want) * scale, _error(kind, got, want) * scale)
@@ -229,6 +230,11 @@ def _top1(name: str, truth: Tensor, eager: Tensor, fused: Tensor, allowed: float
     clear = best.values[:, 0] - best.values[:, 1] > 2 * allowed * truth.norm(dim=1)
     wrong = [int((clear & (logits.argmax(1) != best.indices[:, 0])).sum()) for logits in (eager, fused)]
     return Row(MODEL, "top-1", f"{name} top-1", wrong[0], wrong[1], 0)
+
+
+def _whole_model(name: str, module: nn.Module) -> bool:
+    """Whether a site is all of the model, whose rows there are already."""
+    return not name and isinstance(module, Unit)
 
 
 def _site_name(name: str, module: nn.Module) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 #: (kind, name) -> tensor; kinds as in `certificate.Row`.
 Outcome = dict[tuple[str, str], Tensor]
@@ -115,13 +114,3 @@ def captured(model: nn.Module, names: list[str]) -> Iterator[dict[str, Call]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def plain() -> Iterator[None]:
-    """Inside, modules of fastres.nn run unfused too: a global hook is one of the things that rule the fast path out."""
-    hook = nn_module.register_module_forward_pre_hook(lambda *_: None)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -1,13 +1,16 @@
 // Runs the kernels of csrc/cuda on the CPU, for tests: g++ -x c++ -include cuda_on_cpu.h kernel.cu
 //
-// Every CUDA thread is a fiber; the blocks of a grid run one after another on the calling thread. What goes wrong is found by
-//   the scheduler   a barrier that not all threads of the block (or the warp) reach
+// Every CUDA thread is a fiber; the blocks of a grid run one after another on the calling thread. Those of a cooperative launch
+// take turns: one whose threads all wait, for each other or asleep until another block has done something, lets the next one
+// run. What goes wrong is found by
+//   the scheduler   a barrier that not all threads of the block (or the warp) reach, blocks that wait for what none will do
 //   ASan            accesses out of bounds, in global and in shared memory
 //   UBSan           accesses that are not aligned, indices beyond an array, overflow
 //   TSan            accesses to shared memory that no barrier orders, and accesses of two blocks to global memory that no
 //                   __threadfence() beside an atomic orders: every fiber is a thread to TSan, and all of a grid
 //                   (of 24 blocks of it) are made before the first runs, so that nothing but the kernel orders them
-// Not modelled: what threads of a warp do at the same time, inline PTX, textures, cooperative groups, clusters.
+// Not modelled: what threads of a warp do at the same time, inline PTX, textures, cooperative groups, clusters; the order of
+// memory beyond what TSan sees of fences.
 #pragma once
 #define FASTRES_CUDA_ON_CPU 1
 
@@ -26,6 +29,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -52,8 +56,9 @@ constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 64 * 1024;
 constexpr size_t kShared = 48 * 1024, kGap = 64;  // bytes of a block; between its variables
 constexpr int kVariables = 8;
+constexpr size_t kTogether = 24;  // blocks at once at most: TSan knows 8128 threads
 
-enum State : int { kReady, kAtBlock, kAtWarp, kDone };
+enum State : int { kReady, kAtBlock, kAtWarp, kAsleep, kDone, kStates };
 
 struct Block;
 
@@ -76,6 +81,7 @@ struct Warp {
 struct Grid {
   dim3 size;
   unsigned threads;
+  size_t shared;  // bytes that the launch gives each block
   const std::function<void()>* body;
   ucontext_t scheduler;
   void *tsan = nullptr, *fake_stack = nullptr;
@@ -95,6 +101,8 @@ struct Block {
   size_t used = 0, offsets[kVariables];
   const void* keys[kVariables];
   int variables = 0;
+  std::unique_ptr<char, decltype(&std::free)> bytes{nullptr, std::free};  // those of the launch, also full of NaN
+  bool done = false;
   char sync[2];  // of barriers in turn: a thread may be at the next one before all have left this one
   Block() = default;
   Block(const Block&) = delete;
@@ -152,6 +160,11 @@ inline void prepare(Block& block, Grid& grid, uint3 index, char* stacks) {
   block.memory = static_cast<char*>(std::aligned_alloc(kGap, kShared));
   std::memset(block.memory, 0xff, kShared);
   FIBER_ASAN(__asan_poison_memory_region(block.memory, kShared);)
+  if (grid.shared) {
+    void* bytes = nullptr;
+    if (posix_memalign(&bytes, kGap, grid.shared) != 0) throw std::bad_alloc();
+    block.bytes.reset(static_cast<char*>(std::memset(bytes, 0xff, grid.shared)));
+  }
   for (unsigned i = 0; i < grid.threads; ++i) {
     Fiber& fiber = block.fibers[i];
     fiber.block = &block;
@@ -175,11 +188,14 @@ inline void resume(Fiber& fiber) {
   current.store(nullptr, std::memory_order_relaxed);
 }
 
-inline void run(Block& block) {
+// Lets the threads of a block run until all have left, or the others can only sleep or wait. Returns whether any got further
+// than to go on sleeping.
+inline bool run(Block& block) {
   std::vector<Fiber>& fibers = block.fibers;
-  const auto all = [&](size_t begin, size_t end, int state) {
+  const auto state = [&](size_t i) { return fibers[i].state.load(std::memory_order_relaxed); };
+  const auto all = [&](size_t begin, size_t end, int wanted) {
     for (size_t i = begin; i < end; ++i) {
-      if (fibers[i].state.load(std::memory_order_relaxed) != state) return false;
+      if (state(i) != wanted) return false;
     }
     return true;
   };
@@ -187,10 +203,18 @@ inline void run(Block& block) {
     for (size_t i = begin; i < end; ++i) fibers[i].state.store(kReady, std::memory_order_relaxed);
   };
   const size_t count = fibers.size();
+  std::vector<char> slept(count);
+  for (size_t i = 0; i < count; ++i) {
+    slept[i] = state(i) == kAsleep;
+    if (slept[i]) release(i, i + 1);
+  }
+  bool moved = false;
   for (bool forwards = true;; forwards = !forwards) {  // the order of threads must not matter
-    for (size_t i = 0; i < count; ++i) {
-      Fiber& fiber = fibers[forwards ? i : count - 1 - i];
-      if (fiber.state.load(std::memory_order_relaxed) == kReady) resume(fiber);
+    for (size_t turn = 0; turn < count; ++turn) {
+      const size_t i = forwards ? turn : count - 1 - turn;
+      if (state(i) != kReady) continue;
+      resume(fibers[i]);
+      moved |= !slept[i] || state(i) != kAsleep;
       if (!block.grid->error.empty()) throw std::runtime_error(block.grid->error);
     }
     bool progress = false;
@@ -198,30 +222,48 @@ inline void run(Block& block) {
       const size_t end = begin + kWarp < count ? begin + kWarp : count;
       if (all(begin, end, kAtWarp)) release(begin, end), progress = true;
     }
-    if (all(0, count, kDone)) return;
+    block.done = all(0, count, kDone);
+    if (block.done) return true;
     if (all(0, count, kAtBlock)) release(0, count), progress = true;
     if (progress) continue;
-    size_t waiting[4] = {};
-    for (const Fiber& fiber : fibers) ++waiting[fiber.state.load(std::memory_order_relaxed)];
+    size_t waiting[kStates] = {};
+    for (size_t i = 0; i < count; ++i) ++waiting[state(i)];
+    if (waiting[kAsleep]) return moved;
     throw std::runtime_error("a barrier is not reached by all threads: " + std::to_string(waiting[kAtBlock]) +
                              " wait for the block, " + std::to_string(waiting[kAtWarp]) + " for their warp, " +
                              std::to_string(waiting[kDone]) + " have left");
   }
 }
 
-// Throws std::runtime_error for a barrier that not all threads reach. Not for several threads at a time.
-inline cudaError_t launch(dim3 size, unsigned threads, const std::function<void()>& body) {
+// Lets blocks that are there at the same time take turns until all have left.
+inline void run(std::deque<Block>& blocks, size_t of) {
+  for (size_t left = blocks.size(); left > 0;) {
+    bool moved = false;
+    for (Block& block : blocks) {
+      if (block.done) continue;
+      moved |= run(block);
+      left -= block.done;
+    }
+    if (moved) continue;  // else all that is left looked once more for what another should do, and went on sleeping
+    throw std::runtime_error(std::to_string(left) + " blocks wait for what none of these does; " +
+                             std::to_string(blocks.size() - left) + " of " + std::to_string(of) + " have left");
+  }
+}
+
+inline cudaError_t launch(dim3 size, unsigned threads, size_t shared, bool together,
+                          const std::function<void()>& body) {
   if (size.x == 0 || size.y == 0 || size.z != 1 || size.y > 65535 || threads == 0 || threads > 1024) {
     return cudaErrorInvalidConfiguration;
   }
+  const size_t blocks = static_cast<size_t>(size.x) * size.y;
+  if (together && blocks > kTogether) return cudaErrorCooperativeLaunchTooLarge;
   ++launches;
   Grid grid{};
-  grid.size = size, grid.threads = threads, grid.body = &body;
-  const size_t blocks = static_cast<size_t>(size.x) * size.y;
+  grid.size = size, grid.threads = threads, grid.shared = shared, grid.body = &body;
 #if defined(__SANITIZE_THREAD__)
-  const size_t at_once = blocks < 24 ? blocks : 24;  // TSan knows 8128 threads
+  const size_t at_once = blocks < kTogether ? blocks : kTogether;
 #else
-  const size_t at_once = 1;
+  const size_t at_once = together ? blocks : 1;
 #endif
   FIBER_TSAN(grid.tsan = __tsan_get_current_fiber();)
   const std::unique_ptr<char[]> stacks(new char[at_once * threads * kStack]);
@@ -235,11 +277,21 @@ inline cudaError_t launch(dim3 size, unsigned threads, const std::function<void(
       prepare(made[i], grid, uint3{static_cast<unsigned>(block % size.x), static_cast<unsigned>(block / size.x), 0},
               stacks.get() + i * threads * kStack);
     }
-    for (Block& block : made) run(block);
+    run(made, blocks);
     FIBER_TSAN(for (Block& block : made) for (Fiber& fiber : block.fibers) __tsan_destroy_fiber(fiber.tsan);)
     FIBER_TSAN(__tsan_acquire(&grid.sync);)
   }
   return cudaSuccess;
+}
+
+// Throws std::runtime_error for a barrier that not all threads reach, and for blocks that wait for others than those beside
+// them. Not for several threads at a time.
+inline cudaError_t launch(dim3 size, unsigned threads, const std::function<void()>& body) {
+  return launch(size, threads, 0, false, body);
+}
+// All blocks at once, with `shared` bytes of memory for each.
+inline cudaError_t launch_together(dim3 size, unsigned threads, size_t shared, const std::function<void()>& body) {
+  return launch(size, threads, shared, true, body);
 }
 
 // A variable of the block, behind a gap that ASan watches; `key` tells one from another.
@@ -280,6 +332,8 @@ inline const unsigned* exchange(unsigned value) {
   static char name##_key;          \
   type& name = cuda_on_cpu::shared<type>(&name##_key)
 
+#define FASTRES_SHARED_BYTES(name) uint4* name = reinterpret_cast<uint4*>(cuda_on_cpu::self().block->bytes.get())
+
 inline void __syncthreads() {
   cuda_on_cpu::Fiber& me = cuda_on_cpu::self();
   cuda_on_cpu::wait(cuda_on_cpu::kAtBlock, &me.block->sync[me.barriers++ % 2]);
@@ -316,4 +370,17 @@ inline unsigned atomicInc(unsigned* p, unsigned last) {
                                       __ATOMIC_RELAXED)) {
   }
   return before;
+}
+
+// A value that another block changes.
+inline unsigned peek(const unsigned* p) {
+  cuda_on_cpu::self().last_atomic = const_cast<unsigned*>(p);
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+// Lets other blocks run; it orders nothing.
+inline void __nanosleep(unsigned) {
+  cuda_on_cpu::Fiber& me = cuda_on_cpu::self();
+  me.state.store(cuda_on_cpu::kAsleep, std::memory_order_relaxed);
+  cuda_on_cpu::switch_to_scheduler(me, false);
 }

@@ -20,6 +20,7 @@ namespace {
 
 int failures = 0;
 const Queue kQueue{1, nullptr};
+const Queue kSmall{2, nullptr, 228 << 10, 227 << 10};  // of blocks that wait for each other, some tiles each
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -322,6 +323,29 @@ void run(const Case& t) {
   const Memory grad_x_ = activation(size);
   check(backward_apply(shape, norm, gradient, reduced.factors, grad_x_.data(), kQueue), "backward_apply");
   expect(t, "grad_x", download(t.dtype, grad_x_), grad_x, 2 * tolerance);
+
+  if (!t.shifted && fits_on_chip(shape, true, kSmall)) {
+    const Memory sums(Workspace::floats(shape, kSmall, 2) * sizeof(float));
+    const Workspace room{static_cast<float*>(sums.data()), work.tickets};
+    const Memory mean_of(t.c * sizeof(double)), var_of(t.c * sizeof(double)),
+        y_of = activation(size), masked_of = activation(size), grad_x_of = activation(size);
+    auto *means = static_cast<double*>(mean_of.data()), *vars = static_cast<double*>(var_of.data());
+    check(persistent(
+              shape, {{}, {}, norm.weight, norm.bias, norm.eps},
+              {x_->data(), residual_->data(), y_of.data(), static_cast<uint8_t*>(mask.data()), nullptr, nullptr, true},
+              means, vars, room, kSmall),
+          "persistent");
+    expect(t, "mean on the chip", download<double>(mean_of), mean, 1e-6);
+    expect(t, "var on the chip", download<double>(var_of), var, 1e-5);
+    expect(t, "y on the chip", download(t.dtype, y_of), y, tolerance);
+    check(persistent_backward(shape, norm, gradient,
+                              {reduced.grad_weight, reduced.grad_bias, reduced.factors, masked_of.data()},
+                              grad_x_of.data(), room, kSmall),
+          "persistent_backward");
+    gradients("gradients of weight and bias on the chip");
+    expect(t, "masked on the chip", download(t.dtype, masked_of), g, 0.0);
+    expect(t, "grad_x on the chip", download(t.dtype, grad_x_of), grad_x, 2 * tolerance);
+  }
 
   run_join(t, *x_, x, *residual_, residual, *grad_, grad, norm, work);
 

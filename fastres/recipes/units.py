@@ -1,0 +1,280 @@
+"""Modules of any class whose own forward contains something to fuse: traced, matched, and run as a list of steps.
+
+What the trace depended on is compared at every call, identities and attributes of everything that was read, in one
+pass; if anything differs, another trace of the same module may fit, or a new one is made. Traces are kept outside of
+the model. The class of a unit is made here, a subclass of its own class, so isinstance, pickle and copies work.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import threading
+import types
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastres import batch_norm, sites
+from fastres.kernels import extension
+from fastres.recipes import fused_class, norms, source, trace
+from fastres.recipes.patterns import Matched, match
+from fastres.recipes.residual import FusedModule
+from fastres.recipes.steps import Program
+from fastres.recipes.trace import HOOKS, Refused, Trace
+
+#: Traces of one module that are kept at a time, and that are made at all.
+KEPT, MADE = 4, 64
+NOTHING = "nothing in it to fuse"
+ALONE = "nothing beside it to fuse with: runs as a convolution of fastres's"
+_CALL = nn.Module.__call__
+
+
+class Unit(FusedModule):
+    """What a fused class of this kind adds to its own class."""
+
+    adds = False
+    fused_children = ()
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        found = plan_of(self)
+        if isinstance(found, Plan):
+            values = found.arguments(args, kwargs)
+            reason = values if isinstance(values, str) else None
+        else:
+            values, reason = (), found.reason
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if sites.blocked(self, x, reason) is not None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        del x, args
+        return found.program(values)  # type: ignore[union-attr]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        function, args, *rest = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore[misc]
+        if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (function, args, *rest)  # a class that copies itself in a way of its own
+        return (_new, (self.unfused_class(), *args[1:]), *rest)
+
+
+def _new(cls: type, *args: Any) -> Any:
+    """Makes an empty unit: what pickles and copies call."""
+    kind = unit_class(cls)
+    return kind.__new__(kind, *args)
+
+
+_classes: WeakKeyDictionary[type, type[nn.Module]] = WeakKeyDictionary()
+
+
+def unit_class(cls: type) -> type[nn.Module]:
+    """The fused subclass of a class."""
+    if cls not in _classes:
+        name = f"Fused{cls.__name__}"
+        own = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": name}
+        _classes[cls] = types.new_class(name, (Unit, cls), {}, lambda body: body.update(own))
+    return _classes[cls]
+
+
+class Guard:
+    """Tells whether modules are as they were.
+
+    Args:
+        whole: those of which everything counts: attributes, children, hooks.
+        called: those of which only the call counts: hooks and forward.
+        outer: global variables, as in Trace.
+    """
+
+    def __init__(self, whole: list[nn.Module], called: list[nn.Module], outer: source.Outer) -> None:
+        whole = list(dict.fromkeys(whole))
+        called = [m for m in dict.fromkeys(called) if m not in whole]
+        modules = (*whole, *called)
+        views = [view for m in whole for view in (m.__dict__, m._modules)]
+        views += [m.__dict__[hooks] for m in modules for hooks in HOOKS]
+        expected = tuple(chain.from_iterable(chain.from_iterable(view.items() for view in views)))
+        dicts = tuple(m.__dict__ for m in modules)
+        self._attributes = (modules, tuple(type(m) for m in modules), dicts, tuple(views), expected)
+        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(map(trace.unfused, modules))]
+        self._called = [m.__dict__ for m in called]
+        self._outer = outer
+
+    def valid(self) -> bool:
+        same = extension.same_attributes if extension.available() else _same_attributes
+        return (
+            same(*self._attributes)
+            and nn.Module.__call__ is _CALL
+            and all(kind.forward is forward for kind, forward in self._forwards)
+            and not any("forward" in attributes for attributes in self._called)
+            and all(where.get(name) is value for where, name, value in self._outer)
+        )
+
+
+class Refusal:
+    """Why a module's own forward has to run, as long as the module is as it is."""
+
+    def __init__(self, module: nn.Module, reason: str) -> None:
+        self.reason = reason
+        self.guard = Guard(list(module.modules()), [], [])
+
+
+class Plan:
+    """A module's program, and what it holds for."""
+
+    def __init__(self, module: nn.Module, traced: Trace, matched: Matched) -> None:
+        self.traced, self.matched = traced, matched
+        self.program = Program(traced, matched)
+        self.helpers = [m for m in traced.opened.values() if m is not module]
+        whole, called = [*traced.opened.values(), *traced.touched], []
+        for node in matched.graph.nodes:
+            op = matched.operations[node]
+            if op.kind != "other" and op.module is not None:
+                by_call = op.norm is not None and type(op.module) in batch_norm.FORWARDS
+                (called if by_call else whole).append(op.module)
+        self.guard = Guard(whole, called, traced.outer)
+
+    def rows(self) -> Iterator[tuple[str, str, str, nn.Module | None]]:
+        """Path, kind, reason ("" if it is fused) and module of every operation of the graph; no path and module for
+        functions."""
+        grouped = {node: group for group in self.matched.groups for node in group.nodes}
+        paths = {module: path for path, module in self.traced.opened.items()}
+        for node in self.matched.graph.nodes:
+            op = self.matched.operations[node]
+            if op.kind not in ("conv", "bn", "act", "add", "pool"):
+                continue
+            group = grouped.get(node)
+            reason = self.matched.reasons.get(node, "") if group is None else ALONE if group.alone else ""
+            path = str(node.target) if node.op == "call_module" else paths.get(op.module, "")
+            yield path, op.kind, reason, op.module
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | str:
+        """The values of the call, or why the graph is not that of this call."""
+        names = self.traced.parameters
+        if kwargs or len(args) != len(names):
+            given = dict(zip((*names, *self.traced.defaults), args, strict=False))
+            if len(args) > len(names) + len(self.traced.defaults) or given.keys() & kwargs.keys():
+                return "called with other arguments than it takes"
+            given |= kwargs
+            if any(name not in given for name in names):
+                return "called without an argument"
+            for name, value in given.items():
+                if name not in names and value is not self.traced.defaults.get(name, _new):
+                    return f"called with {name}={value!r}"[:80]
+            args = tuple(given[name] for name in names)
+        for name, value in zip(names, args, strict=True):
+            if type(value) is not Tensor and type(value) is not nn.Parameter:
+                return f"{name} is a {type(value).__name__}, not a plain tensor"
+        return args
+
+
+def _same_attributes(modules: Any, kinds: Any, dicts: Any, views: Any, expected: Any) -> bool:
+    now = [*chain.from_iterable(chain.from_iterable(view.items() for view in views))]
+    return (
+        all(type(m) is kind and m.__dict__ is own for m, kind, own in zip(modules, kinds, dicts, strict=True))
+        and len(now) == len(expected)
+        and all(a is b for a, b in zip(now, expected, strict=True))
+    )
+
+
+class _Known:
+    """What is known of one module."""
+
+    def __init__(self) -> None:
+        self.found: list[Plan | Refusal] = []
+        self.made = 0
+
+
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def forget(model: nn.Module) -> None:
+    """Drops the traces of `model` and of every module in it."""
+    for module in model.modules():
+        _known.pop(module, None)
+
+
+def plan_of(module: nn.Module, opener: Opener | None = None) -> Plan | Refusal:
+    """The plan that holds for `module` now, or why there is none."""
+    known = _known.get(module)
+    if known is not None:
+        for found in known.found:
+            if found.guard.valid():
+                return found
+    if module.__dict__.get("_is_replica"):
+        return Refusal(module, "a replica of DataParallel")
+    with _lock:
+        known = _known.setdefault(module, _Known())
+        if known.made >= MADE:
+            return Refusal(module, f"its attributes are others at every call ({MADE} times traced)")
+        known.made += 1
+        made = make(module, opener or Opener())
+        known.found = [made, *known.found[: KEPT - 1]]
+        return made
+
+
+class Opener:
+    """Says which children are part of their parent's graph: containers, those whose forward is a chain of calls, and
+    gates."""
+
+    def __init__(self) -> None:
+        self._answers: dict[int, bool] = {}
+
+    def __call__(self, module: nn.Module) -> bool:
+        if id(module) not in self._answers:
+            self._answers[id(module)] = self._answer(module)
+        return self._answers[id(module)]
+
+    def _answer(self, module: nn.Module) -> bool:
+        kind = type(module)
+        if isinstance(module, FusedModule) or norms.is_norm(module) or trace.hooked(module) or trace.opaque(module):
+            return False
+        if kind.forward is nn.Sequential.forward:
+            return len(module._modules) > 0
+        if kind.__module__.startswith("torch.nn.") or fused_class(kind) is not None:
+            return False
+        try:
+            traced = trace.trace(module, self)
+            return _chain(traced) or _gate(traced, module)
+        except Refused:
+            return False
+
+
+def _chain(traced: Trace) -> bool:
+    before = None
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            continue
+        inputs = [i for i in node.all_input_nodes if i.op != "get_attr"]
+        if node.op == "placeholder":
+            if before is not None:
+                return False
+        elif inputs != [before] or (node.op == "output" and node.args[0] is not before):
+            return False
+        before = node
+    return True
+
+
+def _gate(traced: Trace, module: nn.Module) -> bool:
+    """Whether it is what stands between a batch norm and the addition, such as squeeze-and-excitation: without a batch
+    norm of its own, without a block, and small."""
+    if len(traced.parameters) != 1 or any(norms.is_norm(m) for m in module.modules()):
+        return False
+    return len(traced.graph.nodes) <= 16 and all(m.__module__.startswith("torch.nn.") for m in traced.modules.values())
+
+
+def make(module: nn.Module, opener: Opener) -> Plan | Refusal:
+    """A new plan for `module`, or why there can be none."""
+    try:
+        traced = trace.trace(module, opener)
+        matched = match(traced)
+        if matched.worthwhile:
+            return Plan(module, traced, matched)
+        reasons = (
+            matched.reasons.get(node) for node in matched.graph.nodes if matched.operations[node].kind != "other"
+        )
+        return Refusal(module, next(filter(None, reasons), NOTHING))
+    except Refused as refused:
+        return Refusal(module, str(refused))
