@@ -89,7 +89,7 @@ class Guard:
     """
 
     def __init__(self, whole: list[nn.Module], called: list[nn.Module], outer: source.Outer) -> None:
-        whole = list(dict.fromkeys(whole))
+        whole = [m for m in dict.fromkeys(whole) if not isinstance(m, torch.jit.ScriptModule)]
         called = [m for m in dict.fromkeys(called) if m not in whole]
         modules = (*whole, *called)
         views = [view for m in whole for view in (m.__dict__, m._modules)]
