@@ -29,7 +29,6 @@ from fastres.recipes.trace import HOOKS, Refused, Trace
 #: Traces of one module that are kept at a time, and that are made at all.
 KEPT, MADE = 4, 64
 NOTHING = "nothing in it to fuse"
-ALONE = "nothing beside it to fuse with: runs as a convolution of fastres's"
 _CALL = nn.Module.__call__
 
 
@@ -146,14 +145,12 @@ class Plan:
     def rows(self) -> Iterator[tuple[str, str, str, nn.Module | None]]:
         """Path, kind, reason ("" if it is fused) and module of every operation of the graph; no path and module for
         functions."""
-        grouped = {node: group for group in self.matched.groups for node in group.nodes}
         paths = {module: path for path, module in self.traced.opened.items()}
         for node in self.matched.graph.nodes:
             op = self.matched.operations[node]
             if op.kind not in ("conv", "bn", "act", "add", "pool"):
                 continue
-            group = grouped.get(node)
-            reason = self.matched.reasons.get(node, "") if group is None else ALONE if group.alone else ""
+            reason = self.matched.reasons.get(node, "")
             path = str(node.target) if node.op == "call_module" else paths.get(op.module, "")
             yield path, op.kind, reason, op.module
 
