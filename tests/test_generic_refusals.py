@@ -260,8 +260,9 @@ CHANGES = {
     "drop_path": lambda m: setattr(m, "drop_path", nn.AvgPool2d(3, 1, 1)),
     "group_norm": lambda m: setattr(m, "bn2", nn.GroupNorm(2, WIDTH)),
     "identity_hook": lambda m: m.drop_block.register_forward_hook(lambda module, args, y: y + 1),
-    "padding_mode": lambda m: setattr(m.conv2, "padding_mode", "reflect") or setattr(
-        m.conv2, "_reversed_padding_repeated_twice", [1, 1, 1, 1]
+    "padding_mode": lambda m: (
+        setattr(m.conv2, "padding_mode", "reflect")
+        or setattr(m.conv2, "_reversed_padding_repeated_twice", [1, 1, 1, 1])
     ),
     "freeze": lambda m: m.bn1.eval(),
     "whole": lambda m: setattr(m, "forward", lambda x: x * 2),
@@ -307,7 +308,7 @@ def test_attributes_that_never_stay_are_not_traced_for_ever():
     model = randomise(Named())
     fastres.fuse_(model)
     x = image(WIDTH)
-    for i in range(units.MADE + 3):
+    for _ in range(units.MADE + 3):
         model.step = object()
         with torch.no_grad(), watched() as seen:
             model(x)

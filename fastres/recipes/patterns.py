@@ -181,6 +181,7 @@ class _Matcher:
             if group.shortcut is not None:
                 done.steps.remove(group.shortcut)
         done.reasons = {node: self.reason(node) for node in self.nodes if node not in self.owner}
+        done.reasons |= {group.last: self.after(group.last) for group in self.groups if group.alone}
         return done
 
     def start(self, node: Node, kind: str) -> None:
@@ -267,6 +268,15 @@ class _Matcher:
         if op.kind == "act" and len(self.uses[x]) > 1:
             return "its input is read elsewhere too"
         return f"its input comes from {self.named(x)}"
+
+    def after(self, conv: Node) -> str:
+        """Why a convolution is by itself."""
+        uses = self.uses[conv]
+        if len(uses) > 1:
+            what = "its result is read more than once"
+        else:
+            what = f"before {self.named(uses[0])}" if uses else "its result is not read"
+        return f"{what}: runs by itself, as a convolution of fastres's"
 
     def between(self, node: Node) -> str:
         """What stands between a batch norm and the addition of `node`."""

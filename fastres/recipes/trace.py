@@ -71,6 +71,8 @@ def hooked(module: nn.Module) -> bool:
 def opaque(module: nn.Module) -> str | None:
     """Why the forward of this module is not to be run on a stand-in, or None."""
     kind = unfused(module)
+    if kind.__module__ == "fastres.nn":
+        return f"a {kind.__name__} of fastres, which is fused by itself"
     if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
         return f"a {kind.__name__}, which has a graph of its own"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres import batch_norm, sites
+from fastres import batch_norm, replay, sites
 from fastres.kernels import extension
 from fastres.recipes import fused_class, norms, source, trace
 from fastres.recipes.patterns import Matched, match
@@ -29,7 +29,6 @@ from fastres.recipes.trace import HOOKS, Refused, Trace
 #: Traces of one module that are kept at a time, and that are made at all.
 KEPT, MADE = 4, 64
 NOTHING = "nothing in it to fuse"
-ALONE = "nothing beside it to fuse with: runs as a convolution of fastres's"
 _CALL = nn.Module.__call__
 
 
@@ -50,9 +49,17 @@ class Unit(FusedModule):
             values, reason = (), found.reason
         x = args[0] if args else next(iter(kwargs.values()), None)
         if sites.blocked(self, x, reason) is not None:
+            replay.spoil()
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        del x, args
-        return found.program(values)  # type: ignore[union-attr]
+        del args
+        program = found.program  # type: ignore[union-attr]
+        if replay.recorded():
+            if found.traced.outer:  # type: ignore[union-attr]
+                replay.spoil()  # which does not look at global variables
+        elif len(values) == 1 and not found.traced.outer and not torch.is_grad_enabled():  # type: ignore[union-attr]
+            return sites.chain_of_blocks(self, None, (), x, lambda x: program((x,)))
+        del x
+        return program(values)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         function, args, *rest = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore[misc]
@@ -138,14 +145,12 @@ class Plan:
     def rows(self) -> Iterator[tuple[str, str, str, nn.Module | None]]:
         """Path, kind, reason ("" if it is fused) and module of every operation of the graph; no path and module for
         functions."""
-        grouped = {node: group for group in self.matched.groups for node in group.nodes}
         paths = {module: path for path, module in self.traced.opened.items()}
         for node in self.matched.graph.nodes:
             op = self.matched.operations[node]
             if op.kind not in ("conv", "bn", "act", "add", "pool"):
                 continue
-            group = grouped.get(node)
-            reason = self.matched.reasons.get(node, "") if group is None else ALONE if group.alone else ""
+            reason = self.matched.reasons.get(node, "")
             path = str(node.target) if node.op == "call_module" else paths.get(op.module, "")
             yield path, op.kind, reason, op.module
 
