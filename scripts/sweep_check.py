@@ -39,7 +39,7 @@ EXACT = 1e-8
 #: Standard deviation and mean of what batch norms that keep away from kinks give.
 CLEAR_STD, CLEAR_MEAN = 0.2, 1.2
 
-MODES = ("inference", "training")
+MODES = ("training", "inference")
 KINDS = ("conv", "bn", "act", "add", "pool")
 
 
@@ -130,9 +130,8 @@ def check(model: nn.Module, x: Tensor, batches: int = 2) -> Result:
     _calibrate(plain, x, batches)
     for other in (oracle, fused):
         other.load_state_dict(plain.state_dict())
-    _in_float32(oracle, plain, fused, x, result)
-    before, call = _run(plain.eval(), Call((x,), {}), False), Call((x,), {})
-    got = _run(fused.eval(), call, False)
+    before, got = _in_float32(oracle, plain, fused, x, result)
+    call = Call((x,), {})
     _require(result, "output of a copy", _same(got, _run(_copied(fused), call, False)))
     fastres.unfuse_(fused)
     _require(result, "state_dict after unfuse_", _state(plain) == _state(fused))
@@ -146,24 +145,26 @@ def check(model: nn.Module, x: Tensor, batches: int = 2) -> Result:
 
 def _in_float64(oracle: nn.Module, fused: nn.Module, x: Tensor, result: Result) -> None:
     for mode in MODES:
-        truth, got = (
-            _run(version.train(mode == "training"), Call((x,), {}), mode == "training") for version in (oracle, fused)
-        )
-        result.compare(f"{mode} float64", truth, [], got, True)
+        training, call = mode == "training", Call((x,), {})
+        truth = _run(oracle.train(training), call, training)
+        result.compare(f"{mode} float64", truth, [], _run(fused.train(training), call, training), True)
 
 
-def _in_float32(oracle: nn.Module, plain: nn.Module, fused: nn.Module, x: Tensor, result: Result) -> None:
-    """In both layouts."""
+def _in_float32(
+    oracle: nn.Module, plain: nn.Module, fused: nn.Module, x: Tensor, result: Result
+) -> tuple[Outcome, Outcome]:
+    """In both layouts. Returns what plain and fused model gave in the last of them, in inference."""
     for mode in MODES:
         training = mode == "training"
         truth = _run(oracle.train(training), Call((x.double(),), {}), training)
         eager = [_run_in(plain.train(training), layout, x, training) for layout in LAYOUTS]
         reasons: dict[nn.Module, str | None] = {}
         for layout in LAYOUTS:
-            with sites.listening(reasons.__setitem__) if training else nullcontext():
+            with sites.listening(reasons.__setitem__) if training else nullcontext():  # a listener rules replays out
                 got = _run_in(fused.train(training), layout, x, training)
             result.compare(f"{mode} {layout}", truth, eager, got, False)
-    result.in_training = Counter(reason for reason in reasons.values() if reason).most_common()
+        result.in_training += Counter(reason for reason in reasons.values() if reason).most_common()
+    return eager[-1], got
 
 
 def _run_in(model: nn.Module, layout: str, x: Tensor, gradients: bool) -> Outcome:
@@ -219,14 +220,16 @@ def _same(a: Outcome, b: Outcome) -> bool:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy, then copied by pickle, if the plain model can be pickled."""
+    """A deep copy that went through pickle, if the plain model can be pickled."""
     model = copy.deepcopy(model)
     try:
-        with fastres.disabled(model):
-            pickle.dumps(model)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        return model
-    return pickle.loads(pickle.dumps(model))
+        return pickle.loads(pickle.dumps(model))
+    except Exception as error:  # what classes raise that refuse to be pickled differs
+        try:
+            pickle.dumps(fastres.unfuse_(copy.deepcopy(model)))
+        except Exception:
+            return model
+        raise AssertionError("the plain model can be pickled, the fused one cannot") from error
 
 
 def _explain(model: nn.Module, x: Tensor, result: Result) -> None:
