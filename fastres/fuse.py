@@ -123,33 +123,34 @@ class _Walk:
         self._seen.add(module)
         cls: Any = type(module)
         recipe = cls if issubclass(cls, FusedModule) else fused_class(cls)
-        if recipe is not None and not issubclass(recipe, units.Unit):
-            reason = None if recipe is cls else _unlike_recipe(module, recipe)
+        known = recipe is not None and not issubclass(recipe, units.Unit)
+        reason = _unlike_recipe(module, recipe) if known and recipe is not cls else None
+        if known and (reason is None or not self._unit(name, module)):
             _claim(name, module, recipe, reason, self.claimed, self.additions)
-            self._inlined.update(
-                child
-                for child in module._modules.values()
-                if type(child) is nn.Sequential and all(m in self.claimed for m in child._modules.values())
-            )
+            self._inlined.update(child for child in module._modules.values() if self._is_claimed(child))
             if reason is None and recipe is not cls:
                 self.swaps.append((module, recipe))
-        elif module._modules and kind_of(module) in (None, "conv") and module not in self._inlined:
+        elif not known and module._modules and kind_of(module) in (None, "conv") and module not in self._inlined:
             self._unit(name, module)
         for child_name, child in module._modules.items():
             if child is not None:
                 self.visit(f"{name}.{child_name}" if name else child_name, child)
 
-    def _unit(self, name: str, module: nn.Module) -> None:
-        """Traces a module of any class, and notes what its graph holds."""
+    def _is_claimed(self, child: nn.Module | None) -> bool:
+        """Whether a recipe has taken a shortcut over."""
+        return type(child) is nn.Sequential and all(m in self.claimed for m in child._modules.values())
+
+    def _unit(self, name: str, module: nn.Module) -> bool:
+        """Traces a module of any class, and notes what its graph holds. Returns whether something of it is fused."""
         found = units.plan_of(module, self._opener)
         if isinstance(found, units.Refusal):
             self._reasons[module] = found.reason
-            return
+            return False
         try:
             new = units.unit_class(trace.unfused(module))
         except TypeError as error:
             self._reasons[module] = f"its class cannot be derived from: {error}"
-            return
+            return False
         if not isinstance(module, units.Unit):
             self.swaps.append((module, new))
         self._inlined.update(found.helpers)
@@ -159,6 +160,7 @@ class _Walk:
                 self.additions.append((Row(name, kind, not reason, reason), module))
             else:
                 self.claimed[part] = (Row(path, kind, not reason, reason, note=batch_norm.note(part)), module)
+        return True
 
     def rows(self) -> list[tuple[Row, nn.Module | None]]:
         """One for every operation."""
@@ -195,7 +197,9 @@ def _unlike_recipe(module: nn.Module, new: Any) -> str | None:
         return f"{type(module).__name__}.{new.forward_method} is not the one the recipe was written for"
     children = _taken_over(module, new)
     missing = [name for name, child in children.items() if not isinstance(child, nn.Module)]
-    return f"no child module {missing[0]}" if missing else None
+    if missing:
+        return f"no child module {missing[0]}"
+    return next(filter(None, (sites.child_blocked(role, child) for role, child in children.items())), None)
 
 
 def _taken_over(block: nn.Module, new: Any) -> dict[str, Any]:

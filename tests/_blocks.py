@@ -231,10 +231,7 @@ class RegNet(nn.Module):
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x):
-        if self.proj is not None:
-            x = self.proj(x) + self.f(x)
-        else:
-            x = x + self.f(x)
+        x = x + self.f(x) if self.proj is None else self.proj(x) + self.f(x)
         return self.activation(x)
 
 

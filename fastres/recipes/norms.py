@@ -16,8 +16,8 @@ from fastres import batch_norm, sites
 _BUFFERS = ["weight", "bias", "running_mean", "running_var"]
 #: What timm's BatchNormAct2d.forward uses; a version of timm in which it is another is left alone.
 _ACT_NAMES = frozenset(
-    "ndim momentum training track_running_stats num_batches_tracked add_ float running_mean running_var F batch_norm "
-    "weight bias eps drop act".split()
+    {"ndim", "momentum", "training", "track_running_stats", "num_batches_tracked", "add_", "float", "running_mean"}
+    | {"running_var", "F", "batch_norm", "weight", "bias", "eps", "drop", "act"}
 )
 
 

@@ -71,7 +71,7 @@ class _Reader:
         for used in code.co_names:
             if used in _IMPURE and not (used in where and isinstance(where[used], types.FunctionType)):
                 self.reason = self.reason or f"{name} uses {used}: {_IMPURE[used]}"
-            value = where.get(used, None)
+            value = where.get(used)
             if isinstance(value, types.ModuleType) and value.__name__ in _CLOCKS:
                 self.reason = self.reason or f"{name} uses {used}: the time"
             if used in where and type(value) in _SIMPLE:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import functional, sites
+from fastres import replay, sites
 from fastres.recipes import projection
 from fastres.recipes.operations import Node, Operation
 from fastres.recipes.patterns import Group, Matched
+from fastres.recipes.residual import FusedModule
 from fastres.recipes.trace import Trace
 
 Values = list[Any]
@@ -45,7 +46,10 @@ class Program:
                 self.result = _argument(step.args[0], self.slots)
                 self.returns = {self.slots[node] for node in step.all_input_nodes}
             elif step.op != "placeholder":
-                steps.append((self._call(step, modules, matched), self.slots[step], self._inputs(step)))
+                reads = self._inputs(step)
+                call = self._call(step, modules, matched)
+                module = modules[str(step.target)] if step.op == "call_module" else None
+                steps.append((_Plain(call, module, reads, self.size), self.slots[step], reads))
         last = {slot: i for i, (_, _, reads) in enumerate(steps) for slot in reads}
         self.steps = [
             (step, out, [slot for slot, when in last.items() if when == i and slot not in self.returns])
@@ -86,6 +90,31 @@ class Program:
             return lambda values: call(values[slot])
         args, kwargs = _argument(tuple(node.args), self.slots), _argument(dict(node.kwargs), self.slots)
         return lambda values: call(*args(values), **kwargs(values))
+
+
+class _Plain:
+    """Something that is not fused, and that a recording takes as it is."""
+
+    def __init__(self, call: Step, module: nn.Module | None, reads: list[int], size: int) -> None:
+        self.call, self.module, self.reads, self.size = call, module, list(dict.fromkeys(reads)), size
+
+    def __call__(self, values: Values) -> Any:
+        if not replay.recorded() or isinstance(self.module, FusedModule):
+            return self.call(values)  # a fused module records its own calls
+        with replay.paused():
+            y = self.call(values)
+        inputs = [values[slot] for slot in self.reads]
+        if type(y) is Tensor and 1 <= len(inputs) <= 2 and all(type(x) is Tensor for x in inputs):
+            replay.note(self.again, inputs[0], inputs[1] if len(inputs) > 1 else None, False, y)
+        else:
+            replay.spoil()
+        return y
+
+    def again(self, x: Tensor, residual: Tensor | None, relu: bool) -> Any:
+        values: Values = [None] * self.size
+        for slot, value in zip(self.reads, (x, residual), strict=False):
+            values[slot] = value
+        return self.call(values)
 
 
 def _method(name: str, args: Step, kwargs: Step) -> Step:
@@ -135,6 +164,7 @@ class _Group:
     def one_by_one(self, values: Values, reason: str) -> Any:
         for module in self.modules:
             sites.tell(module, reason)
+        replay.spoil()
         for call, slot in self.calls:
             values[slot] = call(values)
         result = values[self.calls[-1][1]]
@@ -192,6 +222,7 @@ class _Fused(_Group):
         # The convolution may change the dtype (autocast): what counts is what batch norm gets.
         if reason := sites.step_blocked(y, None, self.stands):
             sites.tell(self.modules[-1], reason)
+            replay.spoil()
             (_, slot), *rest = self.calls
             values[slot] = y
             del y

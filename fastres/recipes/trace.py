@@ -71,6 +71,8 @@ def hooked(module: nn.Module) -> bool:
 def opaque(module: nn.Module) -> str | None:
     """Why the forward of this module is not to be run on a stand-in, or None."""
     kind = unfused(module)
+    if kind.__module__ == "fastres.nn":
+        return f"a {kind.__name__} of fastres, which is fused by itself"
     if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
         return f"a {kind.__name__}, which has a graph of its own"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
@@ -81,8 +83,9 @@ def opaque(module: nn.Module) -> str | None:
         return "the module has its own forward"
     if not isinstance(kind.forward, types.FunctionType):
         return f"{kind.__name__}.forward is not a function"
-    if kind.__module__.startswith(("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic")):
-        return f"{kind.__name__} is a module of torch's quantization"
+    for child in (module, *module._modules.values()):
+        if type(child).__module__.startswith("torch.ao."):
+            return f"{type(child).__name__} is a module of torch's quantization"
     return None
 
 

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres import batch_norm, sites
+from fastres import batch_norm, replay, sites
 from fastres.kernels import extension
 from fastres.recipes import fused_class, norms, source, trace
 from fastres.recipes.patterns import Matched, match
@@ -50,9 +50,17 @@ class Unit(FusedModule):
             values, reason = (), found.reason
         x = args[0] if args else next(iter(kwargs.values()), None)
         if sites.blocked(self, x, reason) is not None:
+            replay.spoil()
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        del x, args
-        return found.program(values)  # type: ignore[union-attr]
+        del args
+        program = found.program  # type: ignore[union-attr]
+        if replay.recorded():
+            if found.traced.outer:  # type: ignore[union-attr]
+                replay.spoil()  # which does not look at global variables
+        elif len(values) == 1 and not found.traced.outer and not torch.is_grad_enabled():  # type: ignore[union-attr]
+            return sites.chain_of_blocks(self, None, (), x, lambda x: program((x,)))
+        del x
+        return program(values)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         function, args, *rest = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore[misc]
@@ -89,7 +97,7 @@ class Guard:
     """
 
     def __init__(self, whole: list[nn.Module], called: list[nn.Module], outer: source.Outer) -> None:
-        whole = list(dict.fromkeys(whole))
+        whole = [m for m in dict.fromkeys(whole) if not isinstance(m, torch.jit.ScriptModule)]
         called = [m for m in dict.fromkeys(called) if m not in whole]
         modules = (*whole, *called)
         views = [view for m in whole for view in (m.__dict__, m._modules)]
