@@ -64,17 +64,16 @@ def bn_act(
     arguments.check_batch_norm(x, x.shape[1], running_mean, running_var, weight, bias, training, eps)
     group = arguments.check_batch(x, x.shape, training, process_group)
     arguments.check_residual(residual, x.shape, x)
-    count = x.numel() // max(x.shape[1], 1)
+    count = x.numel() // max(x.shape[1], 1) if group is None else None
+    update = _update(running_mean, running_var, num_batches_tracked, momentum, training, count)
     save_mask = _needs_mask(relu, residual, x, weight, bias)
     if group is not None:
-        y, mean, var, count = ops.synchronised.bn_act(x, weight, bias, residual, group, eps, relu, save_mask)
-    else:
-        y, mean, var, _ = ops.bn_act.call(
-            x, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask
-        )
-    if recompute and residual is None and group is None and _wants_gradient(x, weight, bias):
+        return ops.synchronised.bn_act(x, weight, bias, residual, group, eps, relu, save_mask, update)[0]
+    y, mean, var, _ = ops.bn_act.call(
+        x, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask, then=update
+    )
+    if recompute and residual is None and _wants_gradient(x, weight, bias):
         ops.recompute.offer(y, (x, weight, bias, mean, var), eps, relu, ops.bn_act.again)
-    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
     return y
 
 
@@ -114,7 +113,12 @@ def bn_add_bn_act(x: Tensor, norm: BatchNorm, other: Tensor, other_norm: BatchNo
     if not table.fused_kernel_serves("bn_add_bn_act", (x,)):
         residual = _bn_act(other, other_norm, None, "identity")
         return _bn_act(x, norm, residual, act)
-    y, mean, var, other_mean, other_var, _ = ops.bn_add_bn_act.call(
+    count = x.numel() // max(x.shape[1], 1)
+    updates = [
+        _update(*one[:2], one.num_batches_tracked, one.momentum, one.training, count, at)
+        for one, at in ((other_norm, 3), (norm, 1))
+    ]
+    return ops.bn_add_bn_act.call(
         x,
         norm.weight,
         norm.bias,
@@ -131,12 +135,8 @@ def bn_add_bn_act(x: Tensor, norm: BatchNorm, other: Tensor, other_norm: BatchNo
         other_norm.eps,
         relu,
         relu and _wants_gradient(x, norm.weight, norm.bias, other, other_norm.weight, other_norm.bias),
-    )
-    count = x.numel() // max(x.shape[1], 1)
-    for one, statistics in ((other_norm, (other_mean, other_var)), (norm, (mean, var))):
-        running = (one.running_mean, one.running_var)
-        _update(*running, *statistics, one.num_batches_tracked, one.momentum, one.training, count)
-    return y
+        then=lambda results: [update(results) for update in updates if update is not None],
+    )[0]
 
 
 def _bn_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, act: str) -> Tensor:
@@ -240,31 +240,30 @@ def conv_bn_act(
         assert running_mean is not None and running_var is not None
         folded = fold(conv_weight, conv_bias, running_mean, running_var, weight, bias, eps)
         return ops.conv_bias_act.call(x, *folded, residual, *geometry, relu)
-    count = shape[0] * shape[2] * shape[3]
+    count = shape[0] * shape[2] * shape[3] if group is None else None
     by_moments = gradient and algebraic(x, conv_weight, conv_bias, geometry)
     save_mask = gradient and relu and residual is not None
-    affine = (weight, bias)
+    affine, running = (weight, bias), (running_mean, running_var)
+    update = _update(*running, num_batches_tracked, momentum, training, count, 1 if group or by_moments else 2)
     if group is not None and by_moments:
-        y, mean, var, count = ops.synchronised.conv1x1_bn_act(x, conv_weight, *affine, residual, group, eps, relu)
-    elif group is not None:
+        return ops.synchronised.conv1x1_bn_act(x, conv_weight, *affine, residual, group, eps, relu, update)[0]
+    if group is not None:
         again = recompute and gradient
-        y, mean, var, count = ops.synchronised.conv_bn_act(
-            x, conv_weight, conv_bias, *affine, residual, geometry, group, eps, relu, save_mask, again, fork
-        )
-    elif by_moments:
-        y, mean, var, *_ = ops.conv1x1_bn_act.call(
-            x, conv_weight, *affine, running_mean, running_var, residual, training, eps, relu, relu
-        )
-    else:
-        running = (running_mean, running_var)
-        y, raw, mean, var, _, *forked = (ops.conv_bn_act.call if fork is None else ops.conv_bn_act.call_forked)(
-            x, conv_weight, conv_bias, *affine, *running, residual, *geometry, training, eps, relu, save_mask
-        )
-        if fork is not None:
-            fork[-1] = forked[0]
-        if recompute and gradient and residual is None:
-            ops.recompute.offer(y, (raw, weight, bias, mean, var), eps, relu, ops.conv_bn_act.again)
-    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
+        return ops.synchronised.conv_bn_act(
+            x, conv_weight, conv_bias, *affine, residual, geometry, group, eps, relu, save_mask, again, fork, update
+        )[0]
+    if by_moments:
+        return ops.conv1x1_bn_act.call(
+            x, conv_weight, *affine, *running, residual, training, eps, relu, relu, then=update
+        )[0]
+    y, raw, mean, var, _, *forked = (ops.conv_bn_act.call if fork is None else ops.conv_bn_act.call_forked)(
+        *(x, conv_weight, conv_bias, *affine, *running, residual, *geometry, training, eps, relu, save_mask),
+        then=update,
+    )
+    if fork is not None:
+        fork[-1] = forked[0]
+    if recompute and gradient and residual is None:
+        ops.recompute.offer(y, (raw, weight, bias, mean, var), eps, relu, ops.conv_bn_act.again)
     return y
 
 
@@ -307,14 +306,13 @@ def bn_act_maxpool(
     group = arguments.check_batch(x, x.shape, training, process_group)
     if pooled(x.shape[2], kernel_size, stride, padding) < 1 or pooled(x.shape[3], kernel_size, stride, padding) < 1:
         raise RuntimeError(f"bn_act_maxpool: output size is too small for an input of {tuple(x.shape)}")
-    count = x.numel() // max(x.shape[1], 1)
+    count = x.numel() // max(x.shape[1], 1) if group is None else None
     options = (eps, relu, kernel_size, stride, padding)
+    update = _update(running_mean, running_var, num_batches_tracked, momentum, training, count)
     if group is not None:
-        y, mean, var, count = ops.synchronised.bn_act_maxpool(x, weight, bias, group, *options)
-    else:
-        y, mean, var, _ = ops.bn_act_maxpool.call(x, weight, bias, running_mean, running_var, training, *options)
-    _update(running_mean, running_var, mean, var, num_batches_tracked, momentum, training, count)
-    return y
+        return ops.synchronised.bn_act_maxpool(x, weight, bias, group, *options, update)[0]
+    affine, running = (weight, bias), (running_mean, running_var)
+    return ops.bn_act_maxpool.call(x, *affine, *running, training, *options, then=update)[0]
 
 
 def fold(
@@ -366,12 +364,20 @@ def _needs_mask(relu: bool, residual: Tensor | None, *tensors: Tensor | None) ->
 def _update(
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
     num_batches_tracked: Tensor | None,
     momentum: float,
     training: bool,
-    count: int,
-) -> None:
-    if training and running_mean is not None and running_var is not None:
-        ops.update_running_stats.call(running_mean, running_var, mean, var, num_batches_tracked, momentum, count)
+    count: int | None,
+    at: int = 1,
+) -> registration.Then:
+    """Writes the running statistics, once an op has results: mean and variance are those number `at` and `at` + 1, and
+    where count is None the one behind them is the count."""
+    if not training or running_mean is None or running_var is None:
+        return None
+
+    def write(results: Any) -> None:
+        mean, var = results[at : at + 2]
+        values = results[at + 2] if count is None else count
+        ops.update_running_stats.call(running_mean, running_var, mean, var, num_batches_tracked, momentum, values)
+
+    return write

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from _distributed import FUSED, WORLDS, assert_close, assert_same_everywhere, check, data, network, ran, values
 from _distributed_wrapped import Checkpointed
-from _synchronised import SPLITS, parts
+from _synchronised import SPLITS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,9 +63,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], int, dict[int, list[tuple[int, ...]]
 
 def train(rank: int, world: int, name: str) -> None:
     change, options, steps, groups = CASES[name]
-    sizes = (
-        SPLITS[world] if world == 2 or "groups" not in name else (4, 3, 2)
-    )
+    sizes = SPLITS[world] if world == 2 or "groups" not in name else (4, 3, 2)
     group = next((group for group in groups.get(world, []) if rank in group), tuple(range(world)))
     handles = {ranks: dist.new_group(list(ranks)) for ranks in groups.get(world, [])}  # by every process
     handle = handles.get(group)

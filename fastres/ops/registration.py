@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fastres.kernels import table
 
+#: What is to be done with an op's results as soon as they are there, or None.
+Then = Callable[[Any], None] | None
+
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 _LIBRARY = torch.library.Library("fastres", "DEF")
 _casts: dict[Any, Callable[..., Sequence[Any]]] = {}
@@ -38,10 +41,22 @@ def differentiable(
     """Gives `op` its gradient. Returns the function to call: op itself for tracing and without gradients, and for
     eager training an autograd.Function around it, which costs half of what a registered formula costs.
 
+    The function's `then` gets the results, before any is saved for backward: there the second forward of
+    torch.utils.checkpoint ends.
+
     eager_backward: of eager training, where it is not `backward`: what it calls need not be traceable."""
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
     eager = _function(op, lambda *args: op(*args), setup_context, eager_backward or backward)
-    return lambda *args: apply(op, eager, args) if _records(args) else op(*args)
+
+    def call(*args: Any, then: Then = None) -> Any:
+        if _records(args):
+            return apply(op, eager, args, then)
+        results = op(*args)
+        if then is not None:
+            then(results)
+        return results
+
+    return call
 
 
 def served_by(op: Any, *args: Any) -> str:
@@ -61,11 +76,11 @@ def forked(
         backward,
     )
 
-    def call_forked(*args: Any) -> Any:
+    def call_forked(*args: Any, then: Then = None) -> Any:
         x = args[0]
         if not may_fork(x) or not _records(args):
-            return (*call(*args), x)
-        return apply(op, eager, args)
+            return (*call(*args, then=then), x)
+        return apply(op, eager, args, then)
 
     return call_forked
 
@@ -78,7 +93,18 @@ def may_fork(x: Tensor) -> bool:
 def _function(
     op: Any, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Any:
-    methods = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    def run(*args: Any) -> Any:
+        *inputs, then = args
+        results = forward(*inputs)
+        if then is not None:
+            then(results)
+        return results
+
+    methods: dict[str, Callable[..., Any]] = {
+        "forward": run,
+        "setup_context": lambda ctx, inputs, output: setup_context(ctx, inputs[:-1], output),
+        "backward": lambda ctx, *grads: (*backward(ctx, *grads), None),
+    }
     return type(
         op.name().split("::")[1],
         (torch.autograd.Function,),
@@ -95,14 +121,15 @@ def _records(args: tuple[Any, ...]) -> bool:
     )
 
 
-def apply(op: Any, eager: Any, args: tuple[Any, ...]) -> Any:
-    """eager.apply, with what autocast asks for `op` done before: it has to be recorded. `args`: those of op first."""
+def apply(op: Any, eager: Any, args: tuple[Any, ...], then: Then) -> Any:
+    """eager.apply(*args, then), with what autocast asks for `op` done before: it has to be recorded. `args`: those of
+    op first."""
     device_type = args[0].device.type
     if op not in _casts or not autocast_enabled(device_type):
-        return eager.apply(*args)
+        return eager.apply(*args, then)
     args = tuple(_casts[op](torch.get_autocast_dtype(device_type), *args))
     with torch._C._ExcludeDispatchKeyGuard(_autocast_keys(device_type)):
-        return eager.apply(*args)
+        return eager.apply(*args, then)
 
 
 @functools.cache
