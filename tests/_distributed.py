@@ -87,10 +87,10 @@ def launched(world: int) -> Path:
         text=True,
     )
     try:
-        (folder / "output.txt").write_text(running.communicate(timeout=300)[0])
+        (folder / "output.txt").write_text(running.communicate(timeout=600)[0])
     except subprocess.TimeoutExpired:
         running.terminate()  # torchrun ends its processes
-        (folder / "output.txt").write_text(running.communicate()[0] + "\nno end within 300 s")
+        (folder / "output.txt").write_text(running.communicate()[0] + "\nno end within 600 s")
     return folder
 
 

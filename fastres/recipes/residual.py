@@ -36,7 +36,7 @@ class FusedModule:
     @classmethod
     def unfused_class(cls) -> type[nn.Module]:
         """The class that the module had before the swap, with what was mixed into it since (fully_shard does)."""
-        return _unfused(cls)
+        return _unfused(cls)  # type: ignore[arg-type]
 
     def _get_name(self) -> str:
         return self.unfused_class().__name__  # repr shows the model as the user wrote it
