@@ -115,9 +115,7 @@ def units(options: argparse.Namespace, results: Results) -> list[Unit]:
     watch = Stopwatch(device, *((2, 0.001) if quick else ()))
     batch = 2 if quick else options.batch
 
-    def needing(
-        run: Callable[..., dict[str, Any]], *first: Any, images: int = batch
-    ) -> Callable[..., dict[str, Any]]:
+    def needing(run: Callable[..., dict[str, Any]], *first: Any, images: int = batch) -> Callable[..., dict[str, Any]]:
         """A unit whose results are shares of the ceilings."""
         return lambda say: run(watch, *first, images, results.units["ceilings/all"], quick, say)
 

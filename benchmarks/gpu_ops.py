@@ -1,6 +1,6 @@
 """Ceilings of a GPU, and every normalising op beside eager PyTorch and torch.compile: parts of benchmarks/gpu.py.
-"fastres" is what the kernel table chooses, "cuda" the CUDA C++ kernels, where they can run, "persistent" those that keep
-the activation on the chip, where it fits.
+"fastres" is what the kernel table chooses, "cuda" the CUDA C++ kernels, where they can run, "persistent" those that
+keep the activation on the chip, where it fits.
 
 The shapes are those of the activations of ResNet-50 and -18 (layers.py). GB/s count the bytes that the op cannot avoid
 to move, whoever computes it: so they compare contenders, and their share of the copy's is what is left to win.

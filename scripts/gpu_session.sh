@@ -72,7 +72,7 @@ sanitize() {
 }
 
 if [ -n "$rehearse" ]; then
-  "$python" -m pytest -q --collect-only -p no:cacheprovider $(kernel_tests) tests/test_gpu.py >"$out/tests.log" 2>&1 || status=1
+  "$python" -m pytest -q --collect-only -p no:cacheprovider $(kernel_tests) tests/test_gpu*.py >"$out/tests.log" 2>&1 || status=1
   echo "=== tests: $(tail -n 1 "$out/tests.log")"
 elif [ "$tests" -gt 0 ]; then
   # The kernels against float64, case by case, compiled by many processes where pytest-xdist is there; then what only a
@@ -83,7 +83,7 @@ elif [ "$tests" -gt 0 ]; then
   {
     test_with $((tests * 2 / 3)) $many $(kernel_tests) || failed=1
     left=$((tests - SECONDS + start))
-    test_with $((left > 30 ? left : 30)) tests/test_gpu.py || failed=1
+    test_with $((left > 30 ? left : 30)) tests/test_gpu*.py || failed=1
   } >"$out/tests.log" 2>&1
   grep -E '^(FAILED|ERROR|[0-9]+ (passed|failed)|=+ .*(passed|failed|error))' "$out/tests.log" | tail -n 40
   printf '=== tests: %s after %d s\n' "$([ $failed -eq 0 ] && echo passed || echo FAILED or out of time)" $SECONDS
