@@ -208,7 +208,7 @@ class Eager(Contender):
 
 class ChannelsLast(Eager):
     title = "eager channels_last"
-    modes: tuple[str, ...] = ("infer", "train")
+    modes = ("infer", "train")
     layout = torch.channels_last
 
 
@@ -239,7 +239,6 @@ class Fastres(ChannelsLast):
 
 class FastresLow(Fastres):
     title = "fastres, memory low"
-    modes: tuple[str, ...] = ("train",)
 
     def prepare(self) -> None:
         import fastres
