@@ -144,7 +144,8 @@ def test_contender_of_the_benchmark(monkeypatch):
     monkeypatch.setattr(gpu_ops, "_COMPILE_SECONDS", -1)
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     watch = Stopwatch(_cuda.DEVICE.type, 2, 1e-4)
-    rows = gpu_ops.ops(watch, torch.float32, 2, {"copy": 1e9}, False, lambda text: None)["rows"]
+    with _cuda.cuda_kernels(*NAMES, "cuda"):
+        rows = gpu_ops.ops(watch, torch.float32, 2, {"copy": 1e9}, False, lambda text: None)["rows"]
     assert [row["persistent_vs_cuda"] is not None for row in rows] == [True, True, False, False]
     assert all("seconds" in times for row in rows for name, times in row["times"].items() if name != "compile")
 
