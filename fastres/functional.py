@@ -354,10 +354,15 @@ def fold(
     return (conv_weight * scale.reshape(-1, 1, 1, 1)).to(dtype), shift.to(dtype)
 
 
-def algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometry: tuple) -> bool:
+def algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometry: tuple[Any, ...]) -> bool:
     """Whether conv1x1_bn_act serves this convolution in training: a 1x1 that expands to four times the channels or
     more, and has so many pixels that products over channels alone cost little beside those over pixels. On CPUs its
-    products are fp32, so half precision is left to oneDNN where that is faster."""
+    products are fp32, so half precision is left to oneDNN where that is faster.
+
+    Args:
+        x: [N, C, H, W]. conv_weight: [K, C / groups, R, S]. conv_bias: [K] or None.
+        geometry: stride, padding, dilation (pairs, as lists) and groups.
+    """
     k, c, r, s = conv_weight.shape
     return (
         (r, s) == (1, 1)
