@@ -14,6 +14,8 @@ CODES: dict[str, str] = {
     "not-run": "the forward did not come through this block",
     "unknown-block": "no recipe covers the module that this operation is part of",
     "outside-block": "part of a known block, before or after what is fused",
+    "not-traceable": "the forward of a module of this class cannot be taken apart into calls",
+    "no-pattern": "nothing beside this operation that one kernel could do together with it",
     "unknown-forward": "the block's forward is not the one that its recipe was written for",
     "own-forward": "a forward was replaced, on the instance or on its class",
     "missing-child": "the block lacks a module that its recipe takes over",
@@ -54,8 +56,10 @@ class Reason(str):
 
 
 def because(code: str, text: str) -> str:
-    """The reason `text` with its code, one of CODES."""
-    return text if torch.compiler.is_compiling() else Reason(code, text)  # dynamo traces plain strings
+    """The reason `text` with its code, one of CODES; a text that has one keeps it."""
+    if isinstance(text, Reason) or torch.compiler.is_compiling():  # dynamo traces plain strings
+        return text
+    return Reason(code, text)
 
 
 def code_of(reason: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,12 +14,18 @@ from fastres import fuse, observe
 from fastres.batch_norm import BatchNorm
 from fastres.explain import timing, traffic
 from fastres.explain.ledger import Block, ExplainReport, Step
-from fastres.explain.record import Flow, Recorder, Saved, Served, floating, flows, state_kept
+from fastres.explain.record import Flow, Recorder, Served, floating, flows, state_kept
 from fastres.explain.record import Step as Run
-from fastres.explain.units import entered, is_block
+from fastres.explain.units import entered, is_block, is_network, is_shortcut
+from fastres.fuse import kind_of
 from fastres.reasons import because
 from fastres.recipes.residual import FusedModule
+from fastres.recipes.units import Unit, undisturbed
 from fastres.report import Row
+from fastres.saved import SavedTensors
+
+#: What is kept outside of all units counts for this name, which no module has.
+_BETWEEN = "(between)"
 
 __all__ = ["Block", "ExplainReport", "Step", "explain"]
 
@@ -44,17 +52,19 @@ def explain(model: nn.Module, x: Tensor | tuple[Any, ...], *, time: bool = False
     names = {module: name for name, module in model.named_modules()}
     placed = [replace(row, block=_block(row, owner, names, model)) for row, owner, _ in planned]
     units = {row.block: model.get_submodule(row.block) for row in placed}
-    with state_kept(model):
+    with state_kept(model), undisturbed(model):
         recorder, kept = _run_fused(run, units)
-        flow, kept_by_eager = _run_eager(run, units, {_key(row): module for row, _, module in planned})
+        flow, kept_by_eager = _run_eager(run, units, _counted(planned))
         times = timing.measure(run, units) if time else None
+    own = _own(placed, planned)
     rows = []
     for row, (_, owner, module) in zip(placed, planned, strict=True):
-        calls = _calls(row, module, units[row.block], recorder.calls)
+        calls = _calls(row, module, units[row.block], own[row.block], recorder.calls)
         row = _ran(row, owner, module, units[row.block], recorder.outcome, calls)
         if found := flow.get(_key(row)):
             before = traffic.eager(row.kind, module, found, run.gradients)
-            now = traffic.fused(row.kind, module, found, calls, run.gradients) if row.fused and calls else before
+            inside = row.fused and (calls or row.kind in ("act", "add"))
+            now = traffic.fused(row.kind, module, found, calls, run.gradients) if inside else before
             row = replace(row, eager_bytes=before, fused_bytes=now)
         rows.append(row)
     tensors = floating(run.inputs)
@@ -75,8 +85,19 @@ def _class(module: Any) -> str:
     return str(module._get_name())
 
 
+def _counted(planned: list[tuple[Row, nn.Module | None, nn.Module]]) -> dict[str, nn.Module]:
+    """The modules whose inputs and outputs tell what a row moves: its own, or for an addition its block, if that has
+    one only. What a traced forward does by functions beside that is not counted."""
+    additions = Counter(row.name for row, _, _ in planned if row.kind == "add")
+    return {
+        _key(row): module
+        for row, _, module in planned
+        if (additions[row.name] == 1 if row.kind == "add" else kind_of(module) == row.kind)
+    }
+
+
 def _key(row: Row) -> str:
-    return f"{row.name} +" if row.kind == "add" else row.name
+    return f"{row.name} {row.kind}"
 
 
 def _module(model: nn.Module, row: Row) -> nn.Module:
@@ -88,51 +109,60 @@ def _block(row: Row, owner: nn.Module | None, names: dict[nn.Module, str], model
     parent = row.name.rpartition(".")[0]
     if owner is not None:
         name = names[owner]
-        return name if is_block(owner) else name.rpartition(".")[0]  # a projection belongs to its block
+        outer = name.rpartition(".")[0]
+        return outer if name and is_shortcut(owner, model.get_submodule(outer)) else name
     return parent if row.name and is_block(model.get_submodule(parent)) else row.name
 
 
-def _run_fused(run: Run, units: dict[str, nn.Module]) -> tuple[Recorder, Saved]:
+def _run_fused(run: Run, units: dict[str, nn.Module]) -> tuple[Recorder, SavedTensors]:
     """The model as it is: what its blocks did, and what was kept for backward in each unit."""
-    recorder, place = Recorder(run.model), _Place()
-    saved, inputs = Saved(run.model, place), run.copies()
-    with recorder.watching(), entered(units, place.enter):
-        with saved.counting():
+    recorder, saved, inputs = Recorder(run.model), SavedTensors(run.model), run.copies()
+    with recorder.watching(), entered(units, partial(_label, saved)):
+        with saved:
             output = run.forward(inputs)
         recorder.backward = True
         run.backward(output, inputs)
     return recorder, saved
 
 
-def _run_eager(run: Run, units: dict[str, nn.Module], modules: dict[str, nn.Module]) -> tuple[dict[str, Flow], Saved]:
+def _run_eager(
+    run: Run, units: dict[str, nn.Module], modules: dict[str, nn.Module]
+) -> tuple[dict[str, Flow], SavedTensors]:
     """The model's original forward: what came in and out of each module, and what was kept in each unit."""
-    place = _Place()
-    saved = Saved(run.model, place)
-    with observe.original_forwards(), entered(units, place.enter), flows(modules) as found, saved.counting():
+    saved = SavedTensors(run.model)
+    with observe.original_forwards(), entered(units, partial(_label, saved)), flows(modules) as found, saved:
         run.forward(run.copies())
     return found, saved
 
 
-class _Place:
-    """Where the model is now."""
-
-    name: str | None = None
-
-    def enter(self, name: str | None) -> None:
-        self.name = name
-
-    def __call__(self) -> str | None:
-        return self.name
+def _label(saved: SavedTensors, name: str | None) -> None:
+    saved.label = _BETWEEN if name is None else name
 
 
-def _calls(row: Row, module: nn.Module, block: nn.Module, calls: Sequence[Served]) -> list[Served]:
+def _own(
+    placed: Sequence[Row], planned: Sequence[tuple[Row, nn.Module | None, nn.Module]]
+) -> dict[str, list[nn.Module]]:
+    """The modules of each block's rows in order, without those of a projection that a recipe takes over."""
+    found: dict[str, list[nn.Module]] = {row.block: [] for row in placed}
+    for row, (*_, module) in zip(placed, planned, strict=True):
+        if row.kind != "add" and not row.name.startswith(f"{row.block}.downsample.".lstrip(".")):
+            found[row.block].append(module)
+    return found
+
+
+def _calls(
+    row: Row, module: nn.Module, block: nn.Module, own: Sequence[nn.Module], calls: Sequence[Served]
+) -> list[Served]:
     """The kernels that ran for a row: those of its module; for an activation or an addition those of the last call in
-    its block that has one."""
+    its block that has one; in a traced block, which may have many, those of the layer before an activation."""
     if row.kind in ("conv", "bn", "pool"):
         return [call for call in calls if module in call.modules]
-    shortcut = getattr(block, "downsample", None)
-    own = {m for m in block.children() if m is not shortcut} | {block}
-    of_block = [call for call in calls if own.intersection(call.modules)]
+    if isinstance(block, Unit) and row.kind == "act":
+        before = own[: own.index(module)] if module in own else []
+        layers = [m for m in before if kind_of(m) in ("conv", "bn")]
+        return [call for call in calls if layers and layers[-1] in call.modules]
+    modules = {*own, block}
+    of_block = [call for call in calls if modules.intersection(call.modules)]
     forward = [call for call in of_block if not call.backward]
     if row.kind == "act":  # stands behind a batch norm
         forward = [call for call in forward if any(isinstance(m, BatchNorm) for m in call.modules)] or forward
@@ -182,7 +212,11 @@ def _one(names: Any) -> str:
 
 
 def _blocks(
-    rows: Sequence[Row], units: dict[str, nn.Module], eager: Saved, fused: Saved, times: timing.Times | None
+    rows: Sequence[Row],
+    units: dict[str, nn.Module],
+    eager: SavedTensors,
+    fused: SavedTensors,
+    times: timing.Times | None,
 ) -> list[Block]:
     found = []
     whole = 0.0 if times is None else sum(fused for _, fused in times.units.values())
@@ -190,13 +224,13 @@ def _blocks(
         own = [row for row in rows if row.block == name]
         block = Block(
             name,
-            _class(module),
+            f"stem of {_class(module)}" if is_network(module) else _class(module),
             len(own),
             sum(row.fused for row in own),
             sum(row.eager_bytes or 0 for row in own),
             sum(row.fused_bytes or 0 for row in own),
-            eager.bytes.get(name, 0),
-            fused.bytes.get(name, 0),
+            eager.bytes_of(name),
+            fused.bytes_of(name),
         )
         if times is not None and name in times.units:
             before, now = times.units[name]

@@ -16,7 +16,7 @@ class Block:
     """What is counted and measured together: a block that fuse_ knows, or outside of those a single layer.
 
     Attributes:
-        name: path of the module. kind: its class. A network's own block is its stem.
+        name: path of the module. kind: its class; of a network, whose own block is its stem, "stem of " and that.
         operations, fused: how many there are, and how many of them ran fused.
         eager_bytes, fused_bytes: sums of its rows.
         eager_saved, fused_saved: bytes that autograd keeps for backward (training mode); what two blocks keep counts
@@ -160,7 +160,7 @@ class ExplainReport(Report):
 
 def block_name(block: Block) -> str:
     """What a block is called in tables."""
-    return block.name or f"stem of {block.kind}"
+    return block.name or block.kind
 
 
 def kernel_name(row: Row) -> str:

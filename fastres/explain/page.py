@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from fastres.explain.ledger import Block, ExplainReport, block_name, kernel_name, megabytes
+from fastres.explain.ledger import Block, ExplainReport, kernel_name, megabytes
 from fastres.reasons import CODES
 from fastres.report import Row
 
@@ -79,7 +79,7 @@ def _block(report: ExplainReport, block: Block, saved: bool, timed: bool) -> Ite
     elif timed:
         numbers += ["-"] * 3
     state = "yes" if block.fused == block.operations else "part" if block.fused else "no"
-    name = f"{block_name(block)} ({rows[0].kind if single else block.kind})"
+    name = f"{block.name} ({rows[0].kind if single else block.kind})" if block.name else block.kind
     why = _why(rows[0]) if single else escape(report.kernels(block))
     yield _row("block", state, name, f"{block.fused} of {block.operations}", why, numbers)
     for row in [] if single else rows:

@@ -1,11 +1,11 @@
-"""One call of a model, watched: which blocks took the fast path, which kernels ran for which modules, what came in and
-out of every module, and what autograd kept."""
+"""One call of a model, watched: which blocks took the fast path, which kernels ran for which modules, and what came in
+and out of every module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,40 +118,6 @@ def flows(modules: dict[str, nn.Module]) -> Iterator[dict[str, Flow]]:
             hook = module.register_forward_hook(lambda _, args, output, name=name: note(name, args, output))
             stack.callback(hook.remove)
         yield found
-
-
-@dataclass
-class Saved:
-    """Counts what autograd keeps for the backward pass, by where it was when it was first kept: every storage once and
-    as a whole, parameters and buffers of the model left out.
-
-    Attributes:
-        bytes: for each place that `where` gave.
-    """
-
-    model: nn.Module
-    where: Callable[[], str | None]
-    bytes: dict[str | None, int] = field(default_factory=dict)
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        own = {_address(t) for t in (*self.model.parameters(), *self.model.buffers())}
-        seen: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-        def keep(t: Tensor) -> Tensor:
-            address = _address(t)
-            if address not in own and address not in seen:
-                seen[address] = t.untyped_storage()
-                place = self.where()
-                self.bytes[place] = self.bytes.get(place, 0) + seen[address].nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            yield
-
-
-def _address(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
 
 
 def floating(value: Any) -> list[Tensor]:

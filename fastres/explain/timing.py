@@ -37,40 +37,45 @@ class Times:
 
 
 def measure(step: Step, units: dict[str, nn.Module]) -> Times:
-    """Runs the step again and again, by turns: eager, fused, and both once more with a look at the clock at every
+    """Runs the step again and again, eager and fused by turns: first as it is, then with a look at the clock at every
     unit."""
     tensors = floating(step.inputs) or list(step.model.parameters())
     cuda = bool(tensors) and tensors[0].is_cuda
     networks = [name for name, module in units.items() if parts.is_network(module)]
 
-    def once(fused: bool, marked: bool) -> dict[str | None, float]:
-        clock, inputs = _Clock(cuda), step.copies()
+    last = networks[0] if networks and step.gradients else None
+    clock = _Clock(cuda)
+
+    def once(fused: bool) -> dict[str | None, float]:
+        nonlocal clock
+        inputs, clock = step.copies(), _Clock(cuda)
         with nullcontext() if fused else observe.original_forwards():
             if cuda:
                 torch.cuda.synchronize()
-            with parts.entered(units, clock.mark) if marked else nullcontext():
-                clock.mark(None)
-                output = step.forward(inputs)
-                clock.mark(None)
-                step.backward(output, inputs)
+            clock.mark(None)
+            output = step.forward(inputs)
+            clock.mark(None)
+            step.backward(output, inputs)
             clock.mark("")
-        return clock.times(networks[0] if networks and step.gradients else None)
+        return clock.times(last)
+
+    def by_turns(rounds: int) -> tuple[list[dict[str | None, float]], list[dict[str | None, float]]]:
+        pairs = [(once(False), once(True)) for _ in range(rounds)]
+        return [eager for eager, _ in pairs], [fused for _, fused in pairs]
 
     for fused in (True, False, True, True):  # weights are folded, the calls of a network recorded and replayed
         start = time.perf_counter()
-        once(fused, False)
+        once(fused)
     rounds = max(3, min(15, int(SECONDS / 4 / max(time.perf_counter() - start, 1e-6))))
-    wholes: dict[bool, list[float]] = defaultdict(list)
-    found: dict[bool, list[dict[str | None, float]]] = defaultdict(list)
-    for _ in range(rounds):
-        for fused in (False, True):
-            wholes[fused].append(sum(once(fused, False).values()))
-            found[fused].append(once(fused, True))
-    names = {name for runs in found.values() for run in runs for name in run}
+    wholes = [median(sum(run.values()) for run in runs) for runs in by_turns(rounds)]
+    with parts.entered(units, lambda name: clock.mark(name)):  # put on once: a hook more is a change to a traced block
+        once(True)
+        eager, now = by_turns(rounds)
     medians = {
-        name: tuple(median(run.get(name, 0.0) for run in found[fused]) for fused in (False, True)) for name in names
+        name: (median(run.get(name, 0.0) for run in eager), median(run.get(name, 0.0) for run in now))
+        for name in {name for run in (*eager, *now) for name in run}
     }
-    return Times(median(wholes[False]), median(wholes[True]), medians, rounds)  # type: ignore[arg-type]
+    return Times(wholes[0], wholes[1], medians, rounds)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from fastres import nn as fastres_nn
 from fastres.explain.record import floating
 from fastres.recipes import fused_class
 from fastres.recipes.residual import FusedModule, StemForward
+from fastres.recipes.units import Unit
 
 #: Told where the model is from now on: the name of a unit, or None for what lies between them.
 Enter = Callable[[str | None], None]
@@ -27,6 +28,12 @@ def is_block(module: nn.Module) -> bool:
     return isinstance(module, (fastres_nn.ConvBnAct2d, fastres_nn.BnAct2d, fastres_nn.AddAct)) or (
         recipe_of(module) is not None
     )
+
+
+def is_shortcut(module: nn.Module, parent: nn.Module) -> bool:
+    """Whether a module is the projection of a block that a recipe knows, which takes it over."""
+    known = recipe_of(parent)
+    return getattr(parent, "downsample", None) is module and known is not None and not issubclass(known, Unit)
 
 
 def is_network(module: nn.Module) -> bool:

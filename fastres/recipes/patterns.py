@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fastres.reasons import because
 from fastres.recipes import norms
 from fastres.recipes.operations import Node, Operation, operation
 from fastres.recipes.trace import Trace
@@ -180,8 +181,8 @@ class _Matcher:
         for group in self.groups:
             if group.shortcut is not None:
                 done.steps.remove(group.shortcut)
-        done.reasons = {node: self.reason(node) for node in self.nodes if node not in self.owner}
-        done.reasons |= {group.last: self.after(group.last) for group in self.groups if group.alone}
+        done.reasons = {node: because("no-pattern", self.reason(node)) for node in self.nodes if node not in self.owner}
+        done.reasons |= {g.last: because("no-pattern", self.after(g.last)) for g in self.groups if g.alone}
         return done
 
     def start(self, node: Node, kind: str) -> None:

@@ -11,6 +11,7 @@ import copyreg
 import threading
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from fastres import batch_norm, replay, sites
 from fastres.kernels import extension
+from fastres.reasons import because
 from fastres.recipes import fused_class, norms, source, trace
 from fastres.recipes.patterns import Matched, match
 from fastres.recipes.residual import FusedModule
@@ -28,7 +30,7 @@ from fastres.recipes.trace import HOOKS, Refused, Trace
 
 #: Traces of one module that are kept at a time, and that are made at all.
 KEPT, MADE = 4, 64
-NOTHING = "nothing in it to fuse"
+NOTHING = because("no-pattern", "nothing in it to fuse")
 _CALL = nn.Module.__call__
 
 
@@ -200,6 +202,20 @@ def forget(model: nn.Module) -> None:
         _known.pop(module, None)
 
 
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """At the end of the `with` block the traces of `model` are what they were: hooks that are put on it inside are no
+    change that counts."""
+    before = {m: (list(known.found), known.made) for m in model.modules() if (known := _known.get(m)) is not None}
+    try:
+        yield
+    finally:
+        forget(model)
+        for module, (found, made) in before.items():
+            _known[module] = known = _Known()
+            known.found, known.made = found, made
+
+
 def plan_of(module: nn.Module, opener: Opener | None = None) -> Plan | Refusal:
     """The plan that holds for `module` now, or why there is none."""
     known = _known.get(module)
@@ -281,4 +297,5 @@ def make(module: nn.Module, opener: Opener) -> Plan | Refusal:
         )
         return Refusal(module, next(filter(None, reasons), NOTHING))
     except Refused as refused:
-        return Refusal(module, str(refused))
+        text = str(refused)
+        return Refusal(module, because("hook" if "hook" in text else "not-traceable", text))
