@@ -195,13 +195,15 @@ _ROLES: dict[str, dict[Any, Any]] = {
     "avgpool": {nn.AdaptiveAvgPool2d: nn.AdaptiveAvgPool2d.forward},
     "fc": {nn.Linear: nn.Linear.forward},
 }
+#: The same, and under the names that the roles have in blocks.
+_NAMES = _ROLES | {f"{role}{number}": _ROLES[role] for role in ("conv", "bn") for number in (1, 2, 3)}
 
 
 def child_blocked(role: str, child: nn.Module) -> str | None:
     """Why a child may not be replaced by fused code whatever its input is, or None."""
     if reason := managed.reason(child, role):
         return reason
-    forwards = _ROLES.get(role) or _ROLES[role.rstrip("0123456789")]
+    forwards = _NAMES.get(role) or _ROLES[role.rstrip("0123456789")]
     kind = type(child)
     if kind not in forwards:
         plain = next(iter(forwards)).__name__

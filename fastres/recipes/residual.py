@@ -4,6 +4,7 @@ writes them this way."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -95,11 +96,17 @@ def children_of(block: Any) -> dict[str, Any]:
         return {name: getattr(block, name) for name in block.fused_children}
 
 
+def contains(module: nn.Module | None, wanted: Collection[nn.Module]) -> bool:
+    """Whether one of `wanted` is `module` or inside it. Module.modules() would take most of a guard's time."""
+    if module is None:
+        return False
+    return any(module is one for one in wanted) or any(contains(child, wanted) for child in module._modules.values())
+
+
 def _blocked(block: Any, x: Tensor, **children: nn.Module) -> bool:
     """Whether the block's own forward has to run. `children`: in the order of the forward, the last batch norm last."""
     # The shortcut is computed first here and last in eager, which shows if both use one batch norm.
-    last = [*children.values()][-1]
-    shared = block.downsample is not None and any(module is last for module in block.downsample.modules())
+    shared = contains(block.downsample, [*children.values()][-1:])
     reason = reasons.because("shared-module", "batch norm shared with the shortcut") if shared else None
     return sites.blocked(block, x, reason, **children) is not None
 
