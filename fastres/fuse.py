@@ -233,7 +233,9 @@ def _unlike_recipe(module: nn.Module, new: Any) -> str | None:
     missing = [name for name, child in children.items() if not isinstance(child, nn.Module)]
     if missing:
         return because("missing-child", f"no child module {missing[0]}")
-    return next(filter(None, (sites.child_blocked(role, child) for role, child in children.items())), None)
+    # What may go again, such as a hook, is for the guard at call time.
+    lasting = {role: child for role, child in children.items() if sites.child_changed(role, child) is None}
+    return next(filter(None, (sites.child_blocked(role, child) for role, child in lasting.items())), None)
 
 
 def _taken_over(block: nn.Module, new: Any) -> dict[str, Any]:

@@ -85,8 +85,9 @@ def _scaled(norm: batch_norm.Frozen, x: Tensor) -> Tensor:
     return x * scale + (bias - mean * scale)
 
 
-#: What a class was found to compute, with its forward then.
+#: What a class was found to compute: its forward then, and the eps by the attributes that it may have from.
 _probed: WeakKeyDictionary[type, tuple[Any, dict[Any, float | None]]] = WeakKeyDictionary()
+_INTERNAL = nn.Module().__dict__.keys()
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -98,9 +99,13 @@ def _eps(module: nn.Module) -> float | None:
     known = _probed.get(kind)
     if known is None or known[0] is not kind.forward:
         known = _probed[kind] = (kind.forward, {})
-    if wanted not in known[1]:
-        known[1][wanted] = wanted if _computes(module, float(wanted)) else None
-    return known[1][wanted]
+    own = [(name, value) for name, value in module.__dict__.items() if name not in _INTERNAL or name == "training"]
+    if not all(isinstance(value, (bool, int, float, str, type(None))) for _, value in own):
+        return wanted if _computes(module, float(wanted)) else None
+    key = tuple(own)
+    if key not in known[1]:
+        known[1][key] = wanted if _computes(module, float(wanted)) else None
+    return known[1][key]
 
 
 def _computes(module: nn.Module, eps: float) -> bool:

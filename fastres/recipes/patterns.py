@@ -129,7 +129,9 @@ class _Matcher:
 
     def functional(self, node: Node) -> bool:
         """Whether an operation that writes to its input may as well not do so."""
-        target = self.value(node.args[0])  # type: ignore[arg-type]
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            return False
+        target = self.value(node.args[0])
         return self.uses[target] == [node] and self.fresh(target)
 
     def why_not(self, node: Node) -> str:

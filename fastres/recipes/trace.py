@@ -81,6 +81,8 @@ def opaque(module: nn.Module) -> str | None:
         return f"{kind.__name__} has its own __call__"
     if "forward" in module.__dict__:
         return "the module has its own forward"
+    if kind.__module__.startswith("torch.nn.utils."):
+        return "parametrized"
     if not isinstance(kind.forward, types.FunctionType):
         return f"{kind.__name__}.forward is not a function"
     for child in (module, *module._modules.values()):

@@ -292,9 +292,9 @@ def make(module: nn.Module, opener: Opener) -> Plan | Refusal:
         matched = match(traced)
         if matched.worthwhile:
             return Plan(module, traced, matched)
-        reasons = (
-            matched.reasons.get(node) for node in matched.graph.nodes if matched.operations[node].kind != "other"
-        )
+        alone = {group.last for group in matched.groups}
+        left = (node for node, op in matched.operations.items() if op.kind != "other" and node not in alone)
+        reasons = (matched.reasons.get(node) for node in left)
         return Refusal(module, next(filter(None, reasons), NOTHING))
     except Refused as refused:
         text = str(refused)
