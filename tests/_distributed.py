@@ -3,9 +3,11 @@ check of `CHECKS` in each process that torchrun started, and tests/test_distribu
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,6 +80,7 @@ def launched(world: int) -> Path:
     if not dist.is_available():
         pytest.skip("PyTorch without torch.distributed")
     folder = Path(tempfile.mkdtemp(prefix=f"fastres-{world}-processes-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     running = subprocess.Popen(
         [*command, str(TESTS / "distributed_worker.py"), str(folder)],

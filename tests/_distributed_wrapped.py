@@ -210,19 +210,6 @@ def join(rank: int, world: int) -> None:
     assert_close(run("before"), run(None, torch.float64), run(None))
 
 
-@check("torch.compile", (2,))
-def compiled(rank: int, world: int) -> None:
-    def run(function: Any) -> dict[str, Tensor]:
-        torch.manual_seed(0)
-        conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        ddp = DistributedDataParallel(fastres.nn.ConvBnAct2d(conv, nn.BatchNorm2d(8)))
-        function(ddp)(data(rank, 0)[0]).square().mean().backward()
-        return values(ddp)
-
-    want = run(lambda ddp: ddp)
-    assert_close(run(lambda ddp: torch.compile(ddp, backend="aot_eager")), want, want)
-
-
 # Buffers that others write
 
 
