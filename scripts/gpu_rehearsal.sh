@@ -70,22 +70,21 @@ from fastres.kernels import cuda, extension, table
 
 assert extension.cuda_load_error() is None, extension.cuda_load_error()
 assert cuda.unavailable() == "no CUDA device", cuda.unavailable()
-ops = [name for name in dir(torch.ops.fastres_cuda) if not name.startswith("_")]
 for (op, device), row in table.TABLE.items():
     names = [kernel.name for kernel in row if kernel.name.startswith("cuda")]
-    print(f"{op} on {device}: {names}" if names else "", end="\n" if names else "")
+    if names:
+        print(f"{op} on {device}: {', '.join(names)}")
 for op in ("bn_act", "bn_act_persistent", "bn_add_bn_act", "add_act", "bn_act_maxpool", "update_all_running_stats_"):
     print(getattr(torch.ops.fastres_cuda, op).default._schema)
-with FakeTensorMode():
+with FakeTensorMode(), fastres.use_kernels("triton", "cuda", "cuda_persistent", "reference"):
     x = torch.empty(2, 8, 4, 4, device="cuda")
     print("a call goes to", table.select("bn_act", (x, *[None] * 5, True, 1e-5, True, True)).name)
-print(torch.ops.fastres_cuda.error(0) if torch.cuda.is_available() else "no device")
 END
 }
 
 launches() {
-  "$PYTHON" -m pytest -q -p no:cacheprovider -rs tests/test_gpu.py tests/test_triton_launch.py tests/test_choices.py \
-    tests/test_triton_batch_norm.py -k "not 2_to_31 or gpu"
+  "$PYTHON" -m pytest -q -p no:cacheprovider -rs tests/test_gpu*.py tests/test_triton_launch.py \
+    tests/test_triton_batch_norm.py tests/test_choices.py
 }
 
 step environment environment
