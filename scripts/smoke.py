@@ -60,7 +60,7 @@ def numbers() -> None:
 
 
 def proof() -> None:
-    certificate = fastres.verify(fastres.models.resnet18(num_classes=10), torch.randn(2, 3, 64, 64))
+    certificate = fastres.verify(fastres.models.resnet20(), torch.randn(2, 3, 32, 32))
     assert certificate.ok, str(certificate)
     print(f"verify: {certificate.verdict()}")
 
