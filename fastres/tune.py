@@ -17,7 +17,7 @@ from fastres import aside, decisions, folding, observe, switches
 from fastres.bench import machine, stats
 from fastres.decisions import Site, TuneReport
 from fastres.errors import UserError
-from fastres.explain import state_kept
+from fastres.explain.record import state_kept
 from fastres.kernels import extension
 from fastres.recipes.residual import FusedModule
 from fastres.switches import Decision, Kind

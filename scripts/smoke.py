@@ -60,7 +60,7 @@ def numbers() -> None:
 
 
 def proof() -> None:
-    certificate = fastres.verify(fastres.models.resnet18(num_classes=10), torch.randn(2, 3, 64, 64))
+    certificate = fastres.verify(fastres.models.resnet20(), torch.randn(2, 3, 32, 32))
     assert certificate.ok, str(certificate)
     print(f"verify: {certificate.verdict()}")
 
@@ -70,7 +70,8 @@ def main() -> None:
     torch.set_num_threads(2)
     installed(kind)
     numbers()
-    proof()
+    if kind == "binary":  # without kernels nothing runs fused, and a certificate of nothing does not pass
+        proof()
     assert "torch" in command("doctor")
     assert "layer1" in command("models", "resnet18")
     assert json.dumps(fastres.__version__)[1:-1] in command("--version")

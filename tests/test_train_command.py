@@ -78,12 +78,15 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert error.startswith("fastres train: stopped after step 6; the last good checkpoint is") and "\n" in error
     assert len(rows(tmp_path / "cut")) == 1
     (tmp_path / "cut").rename(tmp_path / "moved")
-    code, said, error = run(capsys, "--resume", str(tmp_path / "moved"), "--workers", "1")
+    code, _, error = run(capsys, "--resume", str(tmp_path / "moved"))
+    assert code == 2 and "asks for code of _train:tiny" in error and "--model _train:tiny" in error
+    again = ("--resume", str(tmp_path / "moved"), "--model", "_train:tiny")
+    code, said, error = run(capsys, *again, "--workers", "1")
     assert (code, error) == (0, "") and "from step 6" in said
     assert rows(tmp_path / "moved") == rows(tmp_path / "whole")
     weights = [torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("moved", "whole")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    code, _, error = run(capsys, "--resume", str(tmp_path / "moved"), "--lr", "1")
+    code, _, error = run(capsys, *again, "--lr", "1")
     assert code == 2 and "a resumed run keeps its options; different are: lr (0.1, not 1.0)" in error
 
 

@@ -143,12 +143,13 @@ def test_an_interrupted_run_goes_on(
     assert code == 128 + signal.SIGINT and error.startswith("fastres transfer: stopped after step 4;")
     (tmp_path / "cut").rename(tmp_path / "moved")
     weights.unlink()  # not needed again
-    code, said, error = run(capsys, "--resume", tmp_path / "moved")
+    again = ("--resume", tmp_path / "moved", "--model", "_train:tiny")
+    code, said, error = run(capsys, *again)
     assert (code, error) == (0, "")
     assert rows(tmp_path / "moved") == rows(tmp_path / "whole")
     states = [torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("moved", "whole")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    code, _, error = run(capsys, "--resume", tmp_path / "moved", "--lr", 1)
+    code, _, error = run(capsys, *again, "--lr", 1)
     assert code == 2 and "a resumed run keeps its options; different are: lr" in error
 
 

@@ -165,7 +165,7 @@ def create_model(name: str, **kwargs: Any) -> ResNet | CifarResNet:
 
 
 def describe(name: str) -> str:
-    """One line about the model called `name`: its network, its blocks, its parameters. Raises UserError if there is none."""
+    """One line about the model called `name`: its network, its blocks, its parameters. UserError if there is none."""
     return (_constructor(name).__doc__ or "").partition(".\n")[0]
 
 

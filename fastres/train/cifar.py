@@ -123,6 +123,7 @@ def _guarded(source: Path, parse: Callable[[], Found]) -> Found:
         return parse()
     except (*_DAMAGE, pickle.UnpicklingError, tarfile.TarError, zlib.error) as error:
         what = f"no {error.args[0]!r} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        what = " ".join(what.split())  # a pickle's names may hold newlines
         raise UserError(f"cannot read {source}: corrupt or incomplete ({what}); get it again") from error
 
 
