@@ -115,9 +115,9 @@ def units(options: argparse.Namespace, results: Results) -> list[Unit]:
     watch = Stopwatch(device, *((2, 0.001) if quick else ()))
     batch = 2 if quick else options.batch
 
-    def needing(run: Callable[..., dict[str, Any]], *first: Any) -> Callable[..., dict[str, Any]]:
+    def needing(run: Callable[..., dict[str, Any]], *first: Any, images: int = batch) -> Callable[..., dict[str, Any]]:
         """A unit whose results are shares of the ceilings."""
-        return lambda say: run(watch, *first, batch, results.units["ceilings/all"], quick, say)
+        return lambda say: run(watch, *first, images, results.units["ceilings/all"], quick, say)
 
     def network(stage: str, point: gpu_networks.Point) -> Unit:
         run = partial(gpu_networks.measure, point, device, quick, options.timeout)
@@ -129,23 +129,27 @@ def units(options: argparse.Namespace, results: Results) -> list[Unit]:
     else:
         parity, speed = gpu_networks.parity_points(), gpu_networks.speed_points()
     ops = {
-        name: Unit(f"ops/{name}", 140, needing(gpu_ops.ops, dtype), name == "fp16") for name, dtype in _DTYPES.items()
+        name: Unit(f"ops/{name}", 80, needing(gpu_ops.ops, dtype), name == "fp16") for name, dtype in _DTYPES.items()
     }
+    # Activations that fit on the chip.
+    small = Unit("ops/small", 80, needing(gpu_ops.ops, torch.bfloat16, images=2 if quick else 32), optional=True)
     networks = [network("networks", point) for point in speed]
     return [
         Unit("ceilings/all", 15, lambda say: gpu_ops.ceilings(watch, quick)),
         *networks[:1],
         ops["bf16"],
-        Unit("convolutions/bf16", 60, needing(gpu_products.convolutions)),
-        *networks[1:2],
-        Unit("algebraic/bf16", 20, needing(gpu_products.algebraic)),
+        *networks[2:3],
         *(Unit(f"split/{point.name}", 30, partial(gpu_profile.split, point, device)) for point in speed[:1]),
-        *networks[2:6],
+        *networks[1:2],
+        Unit("convolutions/bf16", 60, needing(gpu_products.convolutions)),
+        Unit("algebraic/bf16", 20, needing(gpu_products.algebraic)),
+        *networks[3:6],
         *(network("parity", point) for point in parity[:6]),
         ops["fp32"],
         *networks[6:],
         *(network("parity", point) for point in parity[6:]),
         ops["fp16"],
+        small,
     ]
 
 

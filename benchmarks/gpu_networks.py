@@ -19,7 +19,7 @@ REDUCE, TENSORRT, CUDA, GRAPHED = "reduce_overhead", "tensorrt", "fastres_cuda",
 MOST = (EAGER, COMPILE, OURS, GRAPH)  # max-autotune takes minutes to set up: at the main points only
 #: Of the main points.
 ALL = {
-    "train": (EAGER, COMPILE, AUTOTUNE, OURS, CUDA, GRAPH),
+    "train": (EAGER, COMPILE, OURS, CUDA, GRAPH),
     "infer": (EAGER, COMPILE, AUTOTUNE, TENSORRT, OURS, GRAPH),
 }
 #: Where launches take the time.

@@ -1,5 +1,6 @@
 """Ceilings of a GPU, and every normalising op beside eager PyTorch and torch.compile: parts of benchmarks/gpu.py.
-"fastres" is what the kernel table chooses, "cuda" the CUDA C++ kernels, where they can run.
+"fastres" is what the kernel table chooses, "cuda" the CUDA C++ kernels, where they can run, "persistent" those that
+keep the activation on the chip, where it fits.
 
 The shapes are those of the activations of ResNet-50 and -18 (layers.py). GB/s count the bytes that the op cannot avoid
 to move, whoever computes it: so they compare contenders, and their share of the copy's is what is left to win.
@@ -23,11 +24,11 @@ from torch import Tensor
 
 import fastres
 from fastres import functional
-from fastres.kernels import cuda
+from fastres.kernels import cuda, persistent
 
 DEPTHS = (50, 18)
-PROVIDERS = ("eager", "compile", "fastres", "cuda")
-_COMPILE_SECONDS = 120  # torch.compile takes part so long: the other times are worth more on a lent machine
+PROVIDERS = ("eager", "compile", "fastres", "cuda", "persistent")
+_COMPILE_SECONDS = 40  # torch.compile takes part so long: the other times are worth more on a lent machine
 _PRODUCT = 8192
 _COPIES = tuple(1 << exponent for exponent in range(24, 34))  # bytes that a copy moves: read and written
 
@@ -206,14 +207,23 @@ def call(case: Case, function: Callable[..., Tensor], operands: Operands) -> Cal
     return forward
 
 
-def by_cuda(call: Call) -> Call:
-    """The call with the CUDA kernels wherever there are any, in forward and in backward."""
+def by(call: Call, *kernels: str) -> Call:
+    """The call with these kernels wherever they serve, in forward and in backward."""
 
     def run(index: int) -> Any:
-        with fastres.use_kernels("cuda", "reference"):
+        with fastres.use_kernels(*kernels, "reference"):
             return call(index)
 
     return run
+
+
+def serves_on_chip(case: Case, x: Tensor) -> bool:
+    """Whether the kernels that keep x on the chip serve the case."""
+    if case.op not in ("bn_act", "bn_add_act") or case.mode == "eval" or cuda.unavailable():
+        return False
+    if case.mode == "forward":
+        return persistent.why_not(x, *[None] * 5, True) is None
+    return persistent.backward_why_not(x, x, *[None] * 5, True, 0.0, True, True) is None
 
 
 def ops(
@@ -246,11 +256,15 @@ def ops(
             "fastres": partial(_fused, case.op, training),
             "cuda": partial(_fused, case.op, training),
         }
+        if serves_on_chip(case, operands.x[0]):
+            functions["persistent"] = functions["cuda"]
         if time.monotonic() > compile_until:
             del functions["compile"]
         calls = {name: call(case, function, operands) for name, function in functions.items() if name not in left_out}
         if "cuda" in calls:
-            calls["cuda"] = by_cuda(calls["cuda"])
+            calls["cuda"] = by(calls["cuda"], "cuda")
+        if "persistent" in calls:
+            calls["persistent"] = by(calls["persistent"], "cuda_persistent", "cuda")
         times = watch.measure(calls, sets)
         times.setdefault("compile", {"failed": f"left out: {_COMPILE_SECONDS} s are over"})
         rows.append(row(case, batch, dtype, times, can))
@@ -276,6 +290,7 @@ def row(case: Case, batch: int, dtype: torch.dtype, times: dict[str, Any], can: 
         "vs_eager": ratio(times, "fastres", "eager"),
         "vs_compile": ratio(times, "fastres", "compile"),
         "cuda_vs_fastres": ratio(times, "cuda", "fastres"),
+        "persistent_vs_cuda": ratio(times, "persistent", "cuda"),
     }
 
 

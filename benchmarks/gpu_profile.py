@@ -24,7 +24,7 @@ _LONGEST = 25
 KINDS = {
     "optimizer": r"multi_tensor|foreach|sgd|amp_",
     "normalise": r"batch_?norm|bn_(fw|bw)|statistics|apply_(gradient_)?kernel|(reduce|combine)_gradient"
-    r"|pool(ed)?_.*kernel|join_.*kernel|add_act|running_stats|finish_|norm_kernel|native_batch",
+    r"|persistent_.*kernel|pool(ed)?_.*kernel|join_.*kernel|add_act|running_stats|finish_|norm_kernel|native_batch",
     "convolution": r"conv|gemm|cutlass|xmma|nvjet|wgrad|dgrad|fprop|implicit|cudnn|cublas|splitk|product_kernel|gram"
     r"|_mm$|addmm|nchwToNhwc|nhwcToNchw",
     "rest": r"",

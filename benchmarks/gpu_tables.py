@@ -63,7 +63,7 @@ def ceilings(result: dict[str, Any]) -> str:
 
 def ops(result: dict[str, Any]) -> str:
     head = ("op", "C x H x W", *(f"{name} us" for name in gpu_ops.PROVIDERS))
-    head += ("GB/s", "of copy", "cuda of copy", "x eager", "x compile")
+    head += ("GB/s", "of copy", "cuda of copy", "persistent x cuda", "x eager", "x compile")
     rows = [
         (
             f"{one['op']} {one['mode']}",
@@ -72,6 +72,7 @@ def ops(result: dict[str, Any]) -> str:
             _number(one["bandwidth"] and one["bandwidth"] / 1e9, "{:,.0f}"),
             _number(one["of_copy"], "{:.0%}"),
             _number(one["shares"].get("cuda"), "{:.0%}"),
+            _number(one.get("persistent_vs_cuda"), "{:.2f}"),
             _number(one["vs_eager"], "{:.2f}"),
             _number(one["vs_compile"], "{:.2f}"),
         )

@@ -3,10 +3,11 @@
     python benchmarks/memory.py resnet18 resnet50 --batch 4
     make bench-cpu ARGS=memory
 
-Eager channels_last and fastres, each in a process of its own, with the same weights and images. *Saved* counts every
-storage that autograd keeps for the backward pass once (saved-tensor hooks), without parameters and buffers. *Peak* is
-resident memory during two steps (forward, backward, SGD with momentum) after the first, above what the process had
-after its imports: weights, gradients and the optimizer's state are part of it.
+Eager channels_last, fastres, and fastres with memory="low", each in a process of its own, with the same weights and
+images. *Saved* counts every storage that autograd keeps for the backward pass once (saved-tensor hooks), without
+parameters and buffers. *Peak* is resident memory during two steps (forward, backward, SGD with momentum) after the
+first, above what the process had after its imports: weights, gradients and the optimizer's state are part of it.
+*Time* is the median of a step over rounds in which the contenders take turns.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -23,47 +26,70 @@ from rich.table import Table
 from fastres import images as photographs
 from fastres.bench import harness, report
 from fastres.bench.process import ContenderError, Process
-from fastres.bench.table import CONTENDERS, contender_class
+from fastres.bench.table import CONTENDERS, MEMORY_CONTENDERS, contender_class
 from fastres.bench.task import Task, prepared_model, write_files
 from fastres.errors import UserError
 
 MODELS = ("resnet18", "resnet50")
+#: key -> class of the contenders.
+MEMORY = {name: CONTENDERS[name] for name in harness.ALWAYS} | MEMORY_CONTENDERS
 _TIMEOUT = 300.0
+_ROUNDS = 5
 
 
-def measure(name: str, task: Task) -> dict[str, Any]:
-    """Saved bytes and peak of one contender, in a new process.
+def measure(names: Sequence[str], task: Task, rounds: int = _ROUNDS) -> list[dict[str, Any]]:
+    """Saved bytes, peak and time of contenders, each in a new process.
 
     Raises:
-        ContenderError: if it fails, dies or hangs.
+        ContenderError: if one fails, dies or hangs.
     """
-    process = Process(CONTENDERS[name], task.threads, task.folder, name)
+    processes: list[Process] = []
+    rows = []
     try:
-        process.receive(_TIMEOUT)  # its imports
-        process.ask(_TIMEOUT, do="setup", task=task.to_json())
-        process.ask(_TIMEOUT, do="run", iterations=2)
-        memory = process.ask(_TIMEOUT, do="memory")
-        saved = process.ask(_TIMEOUT, do="saved")  # last: it keeps every storage until it has counted
+        for name in names:
+            processes.append(Process(MEMORY[name], task.threads, task.folder, name))
+            process = processes[-1]
+            process.receive(_TIMEOUT)  # its imports
+            process.ask(_TIMEOUT, do="setup", task=task.to_json())
+            process.ask(_TIMEOUT, do="run", iterations=2)
+            memory = process.ask(_TIMEOUT, do="memory")
+            rows.append(
+                {
+                    "name": name,
+                    "title": contender_class(name).title,
+                    "peak_bytes": memory["peak"],
+                    "peak_over_imports_bytes": max(0, memory["peak"] - memory["baseline"]),
+                    "samples": [],
+                }
+            )
+        for _ in range(rounds):
+            for process, row in zip(processes, rows, strict=True):
+                row["samples"] += process.ask(_TIMEOUT, do="run", iterations=1)["samples"]
+        for process, row in zip(processes, rows, strict=True):
+            saved = process.ask(_TIMEOUT, do="saved")  # last: it keeps every storage until it has counted
+            row |= {
+                "saved_bytes": saved["bytes"],
+                "saved_storages": saved["storages"],
+                "seconds": median(row["samples"]),
+            }
     finally:
-        process.end()
-    return {
-        "name": name,
-        "title": contender_class(name).title,
-        "saved_bytes": saved["bytes"],
-        "saved_storages": saved["storages"],
-        "peak_bytes": memory["peak"],
-        "peak_over_imports_bytes": max(0, memory["peak"] - memory["baseline"]),
-    }
+        for process in processes:
+            process.end()
+    return rows
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
     """Add to every row its ratios to the first."""
     for row in rows:
-        for key in ("saved_bytes", "peak_over_imports_bytes"):
-            row[key.replace("bytes", "ratio")] = row[key] / rows[0][key]
+        for key, ratio in (
+            ("saved_bytes", "saved_ratio"),
+            ("peak_over_imports_bytes", "peak_over_imports_ratio"),
+            ("seconds", "seconds_ratio"),
+        ):
+            row[ratio] = row[key] / rows[0][key]
 
 
-def run(models: list[str], batch: int, size: int, threads: int) -> list[dict[str, Any]]:
+def run(models: list[str], batch: int, size: int, threads: int, rounds: int = _ROUNDS) -> list[dict[str, Any]]:
     """One table a model: its contenders, eager channels_last first.
 
     Raises:
@@ -80,7 +106,7 @@ def run(models: list[str], batch: int, size: int, threads: int) -> list[dict[str
         with tempfile.TemporaryDirectory(prefix="fastres-memory-") as folder:
             write_files(prepared_model(model, images), images, folder)
             task = Task(model, "train", batch, "float32", "cpu", size, options.threads, folder)
-            rows = [measure(name, task) for name in harness.ALWAYS]
+            rows = measure(list(MEMORY), task, rounds)
         compare(rows)
         about = {key: value for key, value in task.to_json().items() if key not in ("folder", "exports")}
         tables.append({**about, "title": task.title, "contenders": rows})
@@ -89,7 +115,7 @@ def run(models: list[str], batch: int, size: int, threads: int) -> list[dict[str
 
 def show(console: Console, tables: list[dict[str, Any]]) -> None:
     table = Table(title="memory of a training step", title_justify="left", box=None, header_style="bold")
-    columns = ("network", "contender", "saved MiB", "x eager", "storages", "peak MiB", "x eager")
+    columns = ("network", "contender", "saved MiB", "x eager", "storages", "peak MiB", "x eager", "ms", "x eager")
     for name in columns:
         table.add_column(name, justify="left" if name in columns[:2] else "right")
     for found in tables:
@@ -102,6 +128,8 @@ def show(console: Console, tables: list[dict[str, Any]]) -> None:
                 str(row["saved_storages"]),
                 f"{row['peak_over_imports_bytes'] / 2**20:,.0f}",
                 f"{row['peak_over_imports_ratio']:.2f}",
+                f"{row['seconds'] * 1e3:,.0f}",
+                f"{row['seconds_ratio']:.2f}",
             )
     console.print(table)
     console.print()

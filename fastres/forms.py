@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fastres import layout, reference, sites, switches
+from fastres import layout, observe, reference, switches
 from fastres.aside import aside, tensors_in
 from fastres.kernels import table
 from fastres.recipes.residual import FusedModule
@@ -83,7 +83,7 @@ def _measured(model: nn.Module, args: tuple[Any, ...], forms: dict[str, bool], d
 def _running_fused(copy: nn.Module, shapes: tuple[Any, ...]) -> list[str]:
     """Paths of the fused modules that run fused."""
     reasons: dict[nn.Module, str | None] = {}
-    with sites.listening(reasons.__setitem__), torch.enable_grad():
+    with observe.listening(reasons.__setitem__), torch.enable_grad():
         copy(*shapes)
     fused = [(name, module) for name, module in copy.named_modules() if issubclass(type(module), FusedModule)]
     return [name for name, module in fused if reasons.get(module, "did not run") is None]

@@ -8,7 +8,7 @@ shapes, dtypes or devices that do not fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,15 +64,14 @@ def bn_act(
     arguments.check_batch_norm(x, x.shape[1], running_mean, running_var, weight, bias, training, eps)
     group = arguments.check_batch(x, x.shape, training, process_group)
     arguments.check_residual(residual, x.shape, x)
-    count = x.numel() // max(x.shape[1], 1)
+    count = x.numel() // max(x.shape[1], 1) if group is None else None
+    update = _update(running_mean, running_var, num_batches_tracked, momentum, training, count)
     save_mask = _needs_mask(relu, residual, x, weight, bias)
-    update = _update(running_mean, running_var, num_batches_tracked, momentum, training)
     if group is not None:
-        y, *found = ops.synchronised.bn_act(x, weight, bias, residual, group, eps, relu, save_mask)
-        update(*found)
-        return y
-    args = (x, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask)
-    y, mean, var, _ = ops.bn_act.call(*args, then=lambda results: update(*results[1:3], count))
+        return ops.synchronised.bn_act(x, weight, bias, residual, group, eps, relu, save_mask, update)[0]
+    y, mean, var, _ = ops.bn_act.call(
+        x, weight, bias, running_mean, running_var, residual, training, eps, relu, save_mask, then=update
+    )
     if recompute and residual is None and _wants_gradient(x, weight, bias):
         ops.recompute.offer(y, (x, weight, bias, mean, var), eps, relu, ops.bn_act.again)
     return y
@@ -115,12 +114,10 @@ def bn_add_bn_act(x: Tensor, norm: BatchNorm, other: Tensor, other_norm: BatchNo
         residual = _bn_act(other, other_norm, None, "identity")
         return _bn_act(x, norm, residual, act)
     count = x.numel() // max(x.shape[1], 1)
-
-    def update(results: Any) -> None:
-        for one, statistics in ((other_norm, results[3:5]), (norm, results[1:3])):
-            options = (one.num_batches_tracked, one.momentum, one.training)
-            _update(one.running_mean, one.running_var, *options)(*statistics, count)
-
+    updates = [
+        _update(*one[:2], one.num_batches_tracked, one.momentum, one.training, count, at)
+        for one, at in ((other_norm, 3), (norm, 1))
+    ]
     return ops.bn_add_bn_act.call(
         x,
         norm.weight,
@@ -138,7 +135,7 @@ def bn_add_bn_act(x: Tensor, norm: BatchNorm, other: Tensor, other_norm: BatchNo
         other_norm.eps,
         relu,
         relu and _wants_gradient(x, norm.weight, norm.bias, other, other_norm.weight, other_norm.bias),
-        then=update,
+        then=lambda results: [update(results) for update in updates if update is not None],
     )[0]
 
 
@@ -253,31 +250,27 @@ def conv_bn_act(
         assert running_mean is not None and running_var is not None
         folded = fold(conv_weight, conv_bias, running_mean, running_var, weight, bias, eps)
         return ops.conv_bias_act.call(x, *folded, residual, *geometry, relu)
-    count = shape[0] * shape[2] * shape[3]
+    count = shape[0] * shape[2] * shape[3] if group is None else None
     by_moments = gradient and algebraic(x, conv_weight, conv_bias, geometry)
     save_mask = gradient and relu and residual is not None
     affine, running = (weight, bias), (running_mean, running_var)
-    update = _update(*running, num_batches_tracked, momentum, training)
+    update = _update(*running, num_batches_tracked, momentum, training, count, 1 if group or by_moments else 2)
+    if group is not None and by_moments:
+        return ops.synchronised.conv1x1_bn_act(x, conv_weight, *affine, residual, group, eps, relu, update)[0]
     if group is not None:
-        if by_moments:
-            y, *found = ops.synchronised.conv1x1_bn_act(x, conv_weight, *affine, residual, group, eps, relu)
-        else:
-            again = recompute and gradient
-            y, *found = ops.synchronised.conv_bn_act(
-                x, conv_weight, conv_bias, *affine, residual, geometry, group, eps, relu, save_mask, again, fork
-            )
-        update(*found)
-        return y
+        again = recompute and gradient
+        return ops.synchronised.conv_bn_act(
+            x, conv_weight, conv_bias, *affine, residual, geometry, group, eps, relu, save_mask, again, fork, update
+        )[0]
     if by_moments:
         args = (x, conv_weight, *affine, *running, residual, training, eps, relu, relu)
-        y = ops.conv1x1_bn_act.call(*args, then=lambda results: update(*results[1:3], count))[0]
+        y = ops.conv1x1_bn_act.call(*args, then=update)[0]
     else:
         args = (x, conv_weight, conv_bias, *affine, *running, residual, *geometry, training, eps, relu, save_mask)
         plain, forking = ops.conv_bn_act.call, ops.conv_bn_act.call_forked
         if recompute_conv:
             plain, forking = ops.conv_bn_act.call_again, ops.conv_bn_act.call_again_forked
-        call = plain if fork is None else forking
-        y, raw, mean, var, _, *forked = call(*args, then=lambda results: update(*results[2:4], count))
+        y, raw, mean, var, _, *forked = (plain if fork is None else forking)(*args, then=update)
         if fork is not None:
             fork[-1] = forked[0]
         if recompute and gradient and residual is None:
@@ -330,15 +323,13 @@ def bn_act_maxpool(
     group = arguments.check_batch(x, x.shape, training, process_group)
     if pooled(x.shape[2], kernel_size, stride, padding) < 1 or pooled(x.shape[3], kernel_size, stride, padding) < 1:
         raise RuntimeError(f"bn_act_maxpool: output size is too small for an input of {tuple(x.shape)}")
-    count = x.numel() // max(x.shape[1], 1)
+    count = x.numel() // max(x.shape[1], 1) if group is None else None
     options = (eps, relu, kernel_size, stride, padding)
-    update = _update(running_mean, running_var, num_batches_tracked, momentum, training)
+    update = _update(running_mean, running_var, num_batches_tracked, momentum, training, count)
     if group is not None:
-        y, *found = ops.synchronised.bn_act_maxpool(x, weight, bias, group, *options)
-        update(*found)
-        return y
-    args = (x, weight, bias, running_mean, running_var, training, *options)
-    return ops.bn_act_maxpool.call(*args, then=lambda results: update(*results[1:3], count))[0]
+        return ops.synchronised.bn_act_maxpool(x, weight, bias, group, *options, update)[0]
+    affine, running = (weight, bias), (running_mean, running_var)
+    return ops.bn_act_maxpool.call(x, *affine, *running, training, *options, then=update)[0]
 
 
 def fold(
@@ -363,10 +354,15 @@ def fold(
     return (conv_weight * scale.reshape(-1, 1, 1, 1)).to(dtype), shift.to(dtype)
 
 
-def algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometry: tuple) -> bool:
+def algebraic(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, geometry: tuple[Any, ...]) -> bool:
     """Whether conv1x1_bn_act serves this convolution in training: a 1x1 that expands to four times the channels or
     more, and has so many pixels that products over channels alone cost little beside those over pixels. On CPUs its
-    products are fp32, so half precision is left to oneDNN where that is faster."""
+    products are fp32, so half precision is left to oneDNN where that is faster.
+
+    Args:
+        x: [N, C, H, W]. conv_weight: [K, C / groups, R, S]. conv_bias: [K] or None.
+        geometry: stride, padding, dilation (pairs, as lists) and groups.
+    """
     k, c, r, s = conv_weight.shape
     return (
         (r, s) == (1, 1)
@@ -398,11 +394,17 @@ def _update(
     num_batches_tracked: Tensor | None,
     momentum: float,
     training: bool,
-) -> Callable[..., None]:
-    """update(mean, var, count): moves running statistics by those of a batch, in training."""
+    count: int | None,
+    at: int = 1,
+) -> registration.Then:
+    """Writes the running statistics, once an op has results: mean and variance are those number `at` and `at` + 1, and
+    where count is None the one behind them is the count."""
+    if not training or running_mean is None or running_var is None:
+        return None
 
-    def update(mean: Tensor, var: Tensor, count: int) -> None:
-        if training and running_mean is not None and running_var is not None:
-            ops.update_running_stats.call(running_mean, running_var, mean, var, num_batches_tracked, momentum, count)
+    def write(results: Any) -> None:
+        mean, var = results[at : at + 2]
+        values = results[at + 2] if count is None else count
+        ops.update_running_stats.call(running_mean, running_var, mean, var, num_batches_tracked, momentum, values)
 
-    return update
+    return write

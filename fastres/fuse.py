@@ -148,14 +148,14 @@ class _Walk:
             return
         self._seen.add(module)
         cls: Any = type(module)
-        recipe = cls if issubclass(cls, FusedModule) else fused_class(managed.without_fsdp(cls))
+        recipe: Any = cls if issubclass(cls, FusedModule) else fused_class(managed.without_fsdp(cls))
         known = recipe is not None and not issubclass(recipe, units.Unit)
         reason = None
         if known and recipe is not cls:
             reason = managed.reason(module, "the block") or _unlike_recipe(module, recipe)
         if known and (reason is None or not self._unit(name, module)):
             _claim(name, module, recipe, reason, self.claimed, self.additions)
-            self._inlined.update(child for child in module._modules.values() if self._is_claimed(child))
+            self._inlined.update(child for child in module.children() if self._is_claimed(child))
             if reason is None and recipe is not cls:
                 self.swaps.append((module, recipe))
         elif not known and module._modules and kind_of(module) in (None, "conv") and module not in self._inlined:
@@ -164,7 +164,7 @@ class _Walk:
             if child is not None:
                 self.visit(f"{name}.{child_name}" if name else child_name, child)
 
-    def _is_claimed(self, child: nn.Module | None) -> bool:
+    def _is_claimed(self, child: nn.Module) -> bool:
         """Whether a recipe has taken a shortcut over."""
         return type(child) is nn.Sequential and all(m in self.claimed for m in child._modules.values())
 

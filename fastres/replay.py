@@ -85,6 +85,21 @@ def spoil() -> None:
         _thread.recording.complete = False
 
 
+def recorded() -> bool:
+    """Whether this thread's calls are being recorded."""
+    return _thread.recording is not None
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Inside the `with` block nothing is recorded."""
+    before, _thread.recording = _thread.recording, None
+    try:
+        yield
+    finally:
+        _thread.recording = before
+
+
 @contextmanager
 def _recording(x: Tensor) -> Iterator[_Recording]:
     before, _thread.recording = _thread.recording, _Recording([ref(x)])
@@ -168,7 +183,7 @@ def forget(model: nn.Module) -> None:
 
 def chain_of_blocks(
     owner: nn.Module,
-    parts: tuple[str, ...],
+    parts: tuple[str, ...] | None,
     forwards: tuple[Any, ...],
     x: Tensor,
     inputs: Any,
@@ -177,7 +192,9 @@ def chain_of_blocks(
     """forward(x), which runs the modules `parts` of `owner` one after the other, by replay where nothing has changed.
 
     Args:
-        forwards: of the fused blocks among them.
+        parts: None: whatever `owner` has below it, and every call of a module that does not record itself is recorded
+            as one.
+        forwards: of the fused blocks among the parts.
         inputs: all that the choice of kernels depends on besides the modules: two calls are alike if it is equal.
     """
     known = _replays.get(owner)
@@ -190,8 +207,13 @@ def chain_of_blocks(
     again = known is not None and known == inputs
     _replays[owner] = inputs
     if again and recording.complete and recording.steps and recording.values[-1]() is y:
-        modules = [module for part in parts for module in owner._modules[part].modules()]  # type: ignore[union-attr]
-        if nn.Module.__call__ is _CALL and all(_replayable(module, forwards) for module in modules):
+        if parts is None:
+            modules = [module for module in owner.modules() if module is not owner]
+            known_all = not owner._parameters and not owner._buffers
+        else:
+            modules = [module for part in parts for module in owner._modules[part].modules()]  # type: ignore[union-attr]
+            known_all = all(_replayable(module, forwards) for module in modules)
+        if nn.Module.__call__ is _CALL and known_all:
             _replays[owner] = _Replay(owner, modules, inputs, x, recording)
     return y
 

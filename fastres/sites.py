@@ -61,13 +61,14 @@ def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.
 
 
 def chain_of_blocks(
-    owner: nn.Module, parts: tuple[str, ...], forwards: tuple[Any, ...], x: Tensor, forward: Callable[[Tensor], Tensor]
+    owner: nn.Module,
+    parts: tuple[str, ...] | None,
+    forwards: tuple[Any, ...],
+    x: Tensor,
+    forward: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """forward(x), which runs the modules `parts` of `owner` one after the other; in inference by fastres.replay.
-
-    Args:
-        forwards: of the fused blocks among them.
-    """
+    """forward(x), which runs the modules `parts` of `owner` one after the other; in inference by fastres.replay, whose
+    arguments these are."""
     if (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
@@ -104,6 +105,10 @@ def _together(convolutions: list[nn.Conv2d], x: Tensor) -> Iterator[None]:
 
 
 def _input_blocked(x: Any) -> str | None:
+    return _tensor_blocked(x) or _context_blocked(x)
+
+
+def _tensor_blocked(x: Any) -> str | None:
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return reasons.because("tensor", f"input is a {type(x).__name__}, not a plain tensor")
     if x.layout is not torch.strided or x.is_nested or x.dtype not in _DTYPES:
@@ -111,6 +116,10 @@ def _input_blocked(x: Any) -> str | None:
         return reasons.because("dtype" if plain else "tensor", f"input is {x.layout}, {x.dtype}")
     if x.dim() != 4:
         return reasons.because("shape", f"input has {x.dim()} dimensions")
+    return None
+
+
+def _context_blocked(x: Tensor) -> str | None:
     if reason := table.no_fused_kernel("bn_act", x.device.type):
         return reasons.because("no-kernel", reason)
     if observe.off:
@@ -129,8 +138,11 @@ def _input_blocked(x: Any) -> str | None:
 
 def step_blocked(x: Any, conv: Any, bn: Any) -> str | None:
     """Why act(bn(conv(x)) + ...) may not run fused on this x, for modules that may be replaced (`child_blocked`) or
-    stand for one that is (fastres.batch_norm.Frozen). None for a convolution or batch norm that is not part of it."""
-    reason = _input_blocked(x)
+    stand for one that is (fastres.batch_norm.Frozen). None for a convolution or batch norm that is not part of it. The
+    caller has asked `blocked` for what does not depend on x."""
+    reason = _tensor_blocked(x)
+    if reason is None and x.device.type not in ("cpu", "cuda"):
+        reason = _context_blocked(x)
     if reason is None and conv is not None:
         reason = _conv_blocked(conv, x, registration.autocast_enabled(x.device.type))
     if reason is None and bn is not None:
@@ -140,7 +152,7 @@ def step_blocked(x: Any, conv: Any, bn: Any) -> str | None:
 
 def add_blocked(x: Any, residual: Any) -> str | None:
     """Why relu(x + residual) may not run fused, or None."""
-    if reason := _input_blocked(x) or _input_blocked(residual):
+    if reason := _tensor_blocked(x) or _tensor_blocked(residual):
         return reason
     if x.shape != residual.shape or x.dtype is not residual.dtype or x.stride() != residual.stride():
         return "the two sides of the addition differ in shape, dtype or layout"
@@ -150,7 +162,8 @@ def add_blocked(x: Any, residual: Any) -> str | None:
 def add_act(x: Tensor, residual: Tensor, *, act: str) -> Tensor:
     """act(x + residual), where `add_blocked` has nothing against it."""
     y = functional.add_act(x, residual, act=act)
-    replay.note(lambda x, residual, relu: functional.add_act(x, residual, act=act), x, residual, act == "relu", y)
+    run: Any = lambda x, residual, relu: functional.add_act(x, residual, act=act)  # noqa: E731
+    replay.note(run, x, residual, act == "relu", y)
     return y
 
 
@@ -182,13 +195,15 @@ _ROLES: dict[str, dict[Any, Any]] = {
     "avgpool": {nn.AdaptiveAvgPool2d: nn.AdaptiveAvgPool2d.forward},
     "fc": {nn.Linear: nn.Linear.forward},
 }
+#: The same, and under the names that the roles have in blocks.
+_NAMES = _ROLES | {f"{role}{number}": _ROLES[role] for role in ("conv", "bn") for number in (1, 2, 3)}
 
 
 def child_blocked(role: str, child: nn.Module) -> str | None:
     """Why a child may not be replaced by fused code whatever its input is, or None."""
     if reason := managed.reason(child, role):
         return reason
-    forwards = _ROLES.get(role) or _ROLES[role.rstrip("0123456789")]
+    forwards = _NAMES.get(role) or _ROLES[role.rstrip("0123456789")]
     kind = type(child)
     if kind not in forwards:
         plain = next(iter(forwards)).__name__

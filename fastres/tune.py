@@ -81,7 +81,7 @@ def tune_(
 
 
 def load_tuning_(model: nn.Module, path: str | os.PathLike[str]) -> TuneReport:
-    """Lets the decisions of a file that `tune_` saved hold for `model`, which `fuse_` has swapped.
+    """Lets the decisions of the file `path`, that `tune_` saved, hold for `model`, which `fuse_` has swapped.
 
     A file that was measured on another device or instruction set, or with another version of fastres or PyTorch (other
     than its last number), is not applied: a warning says so, and `applied` of the report is False.

@@ -2,18 +2,26 @@
 """Builds the wheel once and runs the tests on it with the oldest, the default and the newest supported PyTorch.
 
     make test-matrix [ARGS="pytest arguments"] [PYTHON=python3.12]
+    python scripts/matrix.py --wheels [oldest default newest]
 
 Each PyTorch gets an environment under .venv-matrix, kept for the next time; where pip serves only CUDA builds, count on
 7 GB for each. The tests run in a copy without fastres/, so that it is the installed wheel that they test.
+
+--wheels is about what would be published: `python -m build` makes a source distribution, from that the binary wheel,
+and a wheel without compiled kernels; their names and contents are checked, abi3audit looks at the binary's symbols;
+then each wheel is installed, and scripts/smoke.py run, with the PyTorchs that are named (oldest and default). They stay
+in .venv-matrix/dist.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import dev
@@ -69,7 +77,70 @@ def test(python: str, arguments: list[str]) -> int:
     return 0
 
 
+def packaging_tools() -> str:
+    """The interpreter of an environment with what builds and checks wheels, and no PyTorch."""
+    python = str(HOME / "tools" / "bin" / "python")
+    if not dev.package_version(python, "abi3audit"):
+        dev.create_venv(HOME / "tools")
+        if not dev.pip(python, "build", "abi3audit", "twine", what="build, abi3audit, twine"):
+            dev.fail("could not install them")
+    return python
+
+
+def build_all(tools: str, torch: str) -> dict[str, Path]:
+    """Source distribution and wheels, as they would be published; torch: the package whose headers are used."""
+    dist = HOME / "dist"
+    for old in (*dev.ROOT.glob("build/lib*"), *dev.ROOT.glob("build/bdist*"), dist):
+        shutil.rmtree(old, ignore_errors=True)
+    for what, variables in (("binary", {"FASTRES_TORCH_DIR": torch}), ("pure", {"FASTRES_BUILD_EXT": "0"})):
+        dev.say(f"building the {what} wheel")
+        options = ["--outdir", dist] if what == "binary" else ["--wheel", "--outdir", dist]
+        done = dev.run(tools, "-m", "build", *options, ".", env=os.environ | variables, capture_output=True, text=True)
+        if done.returncode:
+            dev.fail(f"it does not build:\n{(done.stdout + done.stderr)[-3000:]}")
+    (source,) = dist.glob("fastres-*.tar.gz")
+    (binary,) = dist.glob("fastres-*-cp310-abi3-*.whl")
+    (pure,) = dist.glob("fastres-*-py3-none-any.whl")
+    return {"source": source, "binary": binary, "pure": pure}
+
+
+def check_contents(tools: str, built: dict[str, Path]) -> None:
+    """Names, contents, description and, of the binary, that it keeps to the stable ABI of Python 3.10."""
+    for kind in ("binary", "pure"):
+        names = zipfile.ZipFile(built[kind]).namelist()
+        libraries = [name for name in names if name.endswith(".so")]
+        strangers = [name for name in names if not re.match(r"fastres(_pytest\.py|/|-[\d.]+\.dist-info/)", name)]
+        if strangers or ("fastres/_C.abi3.so" in libraries) != (kind == "binary") or "fastres/py.typed" not in names:
+            dev.fail(f"{built[kind].name} has {libraries or 'no libraries'}, and {strangers[:5]}")
+        dev.say(f"{built[kind].name}: {len(names)} files, {built[kind].stat().st_size >> 10} KB")
+    for command in (["twine", "check", "--strict", *built.values()], ["abi3audit", "--strict", built["binary"]]):
+        if dev.run(tools, "-m", *command).returncode:
+            dev.fail(f"{command[0]} has found something")
+
+
+def check_wheels(names: list[str]) -> int:
+    """Builds, checks, installs and tries the wheels; how many tries failed."""
+    pythons = {name: environment(name) for name in names}
+    where = "import importlib.util as u; print(*u.find_spec('torch').submodule_search_locations)"
+    tools = packaging_tools()
+    built = build_all(tools, dev.ask(next(iter(pythons.values())), where))
+    check_contents(tools, built)
+    failed = 0
+    for name, python in pythons.items():
+        for kind in ("binary", "pure"):
+            if not dev.pip(python, "--force-reinstall", "--no-deps", built[kind], what=f"{built[kind].name}, {name}"):
+                dev.fail("could not install it")
+            checked = dev.run(python, "-m", "pip", "check", capture_output=True, text=True).stdout
+            if wrong := [line for line in checked.splitlines() if line.startswith("fastres ")]:
+                dev.fail("; ".join(wrong))  # numpy or a torch that fits is missing
+            failed += dev.run(python, "-I", dev.ROOT / "scripts" / "smoke.py", kind).returncode != 0
+    dev.say("passed" if not failed else f"{failed} FAILED")
+    return failed
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--wheels"]:
+        sys.exit(check_wheels(sys.argv[2:] or ["oldest", "default"]) != 0)
     pythons = {name: environment(name) for name in MATRIX}
     wheel = build_wheel(pythons["default"])
     lines, failed = [], False

@@ -7,7 +7,7 @@ segmentation_models_pytorch build without a download, and checks that numbers an
     python scripts/sweep.py --write                 also writes benchmarks/results/sweep.json and docs/sweep.md
 
 What is checked: sweep_check.py. Every model runs in a process of its own, with one thread and a time limit. Each result
-is a line of build/sweep.jsonl, and is not made again until `--again`.
+is a line of build/sweep.jsonl; what passed is not run again until `--again`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def main() -> int:
     done = {} if options.again else _load(options.log)
     models = [model for model in models if all(part in model.key for part in options.only)]
     for model in models:
-        before = done.get(model.key)
-        if before is None or (before["verdict"] == "too large" and before["parameters"] <= options.parameters * 1e6):
+        before = done.get(model.key, {"verdict": "fail"})
+        large = before["verdict"] == "too large" and before["parameters"] <= options.parameters * 1e6
+        if before["verdict"] == "fail" or large:
             done[model.key] = _one(model, options)
             _append(options.log, done[model.key])
             print(sweep_table.line(done[model.key]), flush=True)
@@ -137,7 +138,7 @@ def examine(model: sweep_models.Model, most: float) -> dict[str, Any]:
         count = sum(p.numel() for p in network.parameters())
         if count > most:
             return {"verdict": "too large", "parameters": count}
-        x = _input(network)
+        x = sample_input(network)
     except Exception as error:  # whatever the library raises is the reason
         return {"verdict": "not built", "problems": [_short(error)]}
     try:
@@ -152,7 +153,7 @@ def examine(model: sweep_models.Model, most: float) -> dict[str, Any]:
     return {"verdict": "fail" if result.problems else "pass", "side": x.shape[-1], **dataclasses.asdict(result)}
 
 
-def _input(network: torch.nn.Module) -> torch.Tensor:
+def sample_input(network: torch.nn.Module) -> torch.Tensor:
     """The smallest images that the network takes in both modes."""
     for side in SIDES:
         x = torch.nn.functional.interpolate(

@@ -19,7 +19,7 @@ ERRORS = {
     "inference": ("inference channels_last: output", "inference contiguous: output"),
     "gradients": ("training channels_last: gradient", "training contiguous: gradient"),
 }
-HEADER = ("model", "M", "px", *KINDS, "in training", *ERRORS, "", "not fused because, or what is wrong")
+HEADER = ("model", "M", "px", *KINDS, *ERRORS, "", "not fused because, or what is wrong")
 PACKAGES = ("fastres", "torch", "timm", "torchvision", "transformers", "segmentation_models_pytorch")
 
 
@@ -34,7 +34,8 @@ def why(entry: Entry) -> str:
     """What is wrong, or else why operations are not fused: the most frequent reasons."""
     if entry.get("problems"):
         return "; ".join(entry["problems"][:3])
-    return "; ".join(f"{reason} ({count})" for reason, count in entry.get("reasons", [])[:3])
+    reasons = [*entry.get("reasons", [])[:3], *((f"in training: {r}", n) for r, n in entry.get("in_training", [])[:2])]
+    return "; ".join(f"{reason} ({count})" for reason, count in reasons)
 
 
 def counts(found: list[Entry]) -> str:
@@ -89,10 +90,9 @@ def _markdown(found: list[Entry], about: dict[str, Any]) -> str:
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:
-    trained = f"{entry['trained']}/{sum(entry['total'].values())}"
     errors = [_worst(entry, parts) for parts in ERRORS.values()]
     size = (f"{entry['parameters'] / 1e6:.1f}", str(entry["side"]))
-    return (entry["name"], *size, *_kinds(entry), trained, *errors, entry["verdict"], why(entry))
+    return (entry["name"], *size, *_kinds(entry), *errors, entry["verdict"], why(entry))
 
 
 def _kinds(entry: Entry) -> list[str]:
@@ -115,9 +115,8 @@ def _short(entry: Entry) -> dict[str, list[float]]:
 
 def _left_out(found: list[Entry]) -> list[str]:
     """What is not in the table: larger than the limit, or refused by its own library."""
-    large = [
-        f"{e['library']} {e['name']} ({e['parameters'] / 1e6:.0f} M)" for e in found if e["verdict"] == "too large"
-    ]
+    large = [e for e in found if e["verdict"] == "too large"]
+    names = ", ".join(f"{e['library']} {e['name']} ({e['parameters'] / 1e6:.0f} M)" for e in large)
     broken = [e for e in found if "total" not in e and e["verdict"] != "too large"]
     lines = [f"{e['library']} {e['name']}: {e['verdict']}: {why(e)}" for e in broken]
     return [*lines, f"too large for this run: {names}"] if large else lines

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastres
-from fastres import sites
+from fastres import observe
 from fastres.kernels import table
 from fastres.models import Bottleneck, CifarResNet
 from fastres.recipes.residual import FusedModule
@@ -87,10 +87,10 @@ def launched(world: int) -> Path:
         text=True,
     )
     try:
-        (folder / "output.txt").write_text(running.communicate(timeout=300)[0])
+        (folder / "output.txt").write_text(running.communicate(timeout=600)[0])
     except subprocess.TimeoutExpired:
         running.terminate()  # torchrun ends its processes
-        (folder / "output.txt").write_text(running.communicate()[0] + "\nno end within 300 s")
+        (folder / "output.txt").write_text(running.communicate()[0] + "\nno end within 600 s")
     return folder
 
 
@@ -195,7 +195,7 @@ class ran:
 
     def __enter__(self) -> set[str | None]:
         reasons: set[str | None] = set()
-        self.listening = sites.listening(lambda block, reason: reasons.add(reason))
+        self.listening = observe.listening(lambda block, reason: reasons.add(reason))
         self.listening.__enter__()
         return reasons
 

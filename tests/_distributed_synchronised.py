@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from _distributed import FUSED, WORLDS, assert_close, assert_same_everywhere, check, data, network, ran, values
 from _distributed_wrapped import Checkpointed
-from _synchronised import SPLITS, parts
+from _synchronised import SPLITS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

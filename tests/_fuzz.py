@@ -1,5 +1,5 @@
-"""What fuzzing reads: for each kind of file some good ones, and a function that reads bytes as the package does a file. It
-returns None, or the UserError; anything else that is raised is a finding."""
+"""What fuzzing reads: for each kind of file some good ones, and a function that reads bytes as the package does a file.
+It returns None, or the UserError; anything else that is raised is a finding."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_flop_counter_counts_fused_convolutions():
 
 
 @pytest.mark.parametrize(
-    "module", [nn.Identity(), nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))]
+    "module", [nn.Identity(), nn.Linear(2, 2), nn.Sequential(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3))]
 )
 def test_fuse_leaves_what_it_does_not_know_and_says_so(module):
     report = fastres.fuse_(module)

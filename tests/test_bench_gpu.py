@@ -130,9 +130,10 @@ def test_totals_of_a_network() -> None:
 
     rows = [one("bn_act", {"a": 2, "b": 1}, {"seconds": 1.0}), one("bn_add_act", {"a": 3}, {"seconds": 0.5})]
     rows.append(one("add_act", {"a": 9}, {"seconds": 9.0}))
+    others = {"cuda": None, "persistent": None}
     assert gpu_ops.totals({"rows": rows}) == [
-        {"network": "a", "mode": "forward", "eager": 10.0, "compile": None, "fastres": 3.5, "cuda": None},
-        {"network": "b", "mode": "forward", "eager": 2.0, "compile": None, "fastres": 1.0, "cuda": None},
+        {"network": "a", "mode": "forward", "eager": 10.0, "compile": None, "fastres": 3.5, **others},
+        {"network": "b", "mode": "forward", "eager": 2.0, "compile": None, "fastres": 1.0, **others},
     ]
 
 

@@ -89,7 +89,9 @@ def test_a11_empty_batch_in_a_model(mode):
 def test_a12_padding_mode(mode, padding_mode):
     model = block()
     model.conv2 = nn.Conv2d(4, 4, 3, padding=1, padding_mode=padding_mode, bias=False)
-    check(model, image(), mode, path="eager", reason=padding_mode)
+    check(model, image(), mode)  # the other convolutions and all batch norms run fused
+    rows = [row for row in fastres.fuse_(model).rows if not row.fused]
+    assert [row.name for row in rows] == ["conv2"] and padding_mode in rows[0].reason
 
 
 @modes
@@ -97,7 +99,9 @@ def test_a12_padding_mode(mode, padding_mode):
 def test_a12_padding_as_a_word(mode, padding):
     model = block()
     model.conv2 = nn.Conv2d(4, 4, 3 if padding == "same" else 1, padding=padding)
-    check(model, image(), mode, path="eager", reason=padding)
+    check(model, image(), mode)
+    rows = [row for row in fastres.fuse_(model).rows if not row.fused]
+    assert [row.name for row in rows] == ["conv2"] and padding in rows[0].reason
 
 
 GEOMETRIES = {
@@ -151,10 +155,12 @@ def test_a14_other_modules_are_left_alone():
     if torchvision is not None:
         others.append(nn.Sequential(torchvision.ops.DeformConv2d(4, 4, 3), nn.BatchNorm2d(4)))
     model = nn.ModuleList(others)
-    before = [type(module) for module in model.modules()]
     report = fastres.fuse_(model)
-    assert [type(module) for module in model.modules()] == before
-    assert report.fused == 0 and all(row.reason for row in report.rows)
+    fused = {row.name for row in report.rows if row.fused}
+    assert fused <= {"0.1", "0.2", "6.1"}  # the batch norms behind convolutions of other kinds, and a ReLU
+    assert all(row.reason for row in report.rows if not row.fused)
+    for i in (1, 2, 3, 4, 5):
+        assert type(others[i]) is nn.Sequential
     names = {row.name for row in report.rows}
     assert {"0.0", "0.1", "1.0", "1.1", "2.0", "2.1", "3.1", "4.0", "4.1"} <= names
 
@@ -172,7 +178,9 @@ def test_a14_other_module_in_a_known_block(child, mode):
         model.conv2 = torch.ao.nn.quantized.Conv2d(4, 4, 3, padding=1)
         assert check_error(model, image(), mode) is not None
         return
-    check(model, image(), mode, path="eager", reason="ConvTranspose2d|GroupNorm")
+    check(model, image(), mode)
+    reasons = " ".join(row.reason for row in fastres.fuse_(model).rows if not row.fused)
+    assert "ConvTranspose2d" in reasons or "GroupNorm" in reasons
 
 
 @modes
@@ -191,9 +199,8 @@ def test_a14_lazy_children(mode):
     x = image()
     for model in (eager, fused):
         torch.manual_seed(1)
-        with torch.no_grad(), watched() as seen:
+        with torch.no_grad():
             model.eval()(x)
-    assert_path(seen, "eager", "Lazy")
     assert type(fused.conv1) is nn.Conv2d and type(fused.bn1) is nn.BatchNorm2d
     want = step(eager, x, mode)
     with watched() as seen:

@@ -237,6 +237,16 @@ class Fastres(ChannelsLast):
         super().prepare()
 
 
+class FastresLow(Fastres):
+    title = "fastres, memory low"
+
+    def prepare(self) -> None:
+        import fastres
+
+        fastres.fuse_(self.model, memory="low", example=self.images.contiguous(memory_format=self.layout))
+        super().prepare()
+
+
 class Reference(Eager):
     """Float64, to compare the others with. Its process also writes the exported forms that other runtimes read."""
 

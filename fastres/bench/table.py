@@ -37,6 +37,8 @@ GPU_CONTENDERS = {
     "fastres_graph": "fastres.bench.graphs:FastresGraph",
     "fastres_graphed": "fastres.bench.graphs:FastresGraphed",
 }
+#: Those of benchmarks/memory.py alone.
+MEMORY_CONTENDERS = {"fastres_low": "fastres.bench.contenders:FastresLow"}
 REFERENCE = "fastres.bench.contenders:Reference"
 
 _TURN_SECONDS = 0.2  # a turn is at least one iteration
@@ -71,7 +73,7 @@ class Entry:
 
 def contender_class(name: str) -> Any:
     """The class of a contender by its key."""
-    module, _, attribute = (CONTENDERS | GPU_CONTENDERS)[name].partition(":")
+    module, _, attribute = (CONTENDERS | GPU_CONTENDERS | MEMORY_CONTENDERS)[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 

@@ -165,12 +165,12 @@ def create_model(name: str, **kwargs: Any) -> ResNet | CifarResNet:
 
 
 def describe(name: str) -> str:
-    """One line about a model: its network, its blocks, its parameters."""
+    """One line about the model called `name`: its network, its blocks, its parameters. Raises UserError if there is none."""
     return (_constructor(name).__doc__ or "").partition(".\n")[0]
 
 
 def image_size(name: str) -> int:
-    """Height and width in pixels of the images that a model is made for: 32 for those of CIFAR, else 224."""
+    """Height and width in pixels of the images that the model `name` is made for: 32 for those of CIFAR, else 224."""
     return 32 if _CONSTRUCTORS.get(name) in cifar.MODELS else 224
 
 

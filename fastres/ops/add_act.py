@@ -36,9 +36,9 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
 call = registration.differentiable(op, _setup_context, _backward)
 
 
-def _cast(dtype: torch.dtype, x: Tensor, residual: Tensor, relu: bool) -> tuple[Any, ...]:
+def _cast(dtype: torch.dtype, x: Tensor, residual: Tensor, *rest: Any) -> tuple[Any, ...]:
     wider = torch.promote_types(x.dtype, residual.dtype)  # what `x + residual` gives
-    return x.to(wider), residual.to(wider), relu
+    return (x.to(wider), residual.to(wider), *rest)
 
 
 registration.autocast(op, _cast)

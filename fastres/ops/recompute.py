@@ -5,9 +5,9 @@ saved anyway, by the op that made y, and one pass over raw gives y again, bit fo
 memory is free between forward and backward.
 
 Where memory is scarce (`recompute_conv` of fastres.functional.conv_bn_act), raw is not saved either: the next op saves
-nothing of y, and in backward the node that made y makes it again, convolution and all, from its own input; raw, which
-comes by the way, waits at the node for its own backward, which is next. Statistics are those of forward, and are not updated
-again.
+nothing of y, and in backward the node that made y makes it again, convolution and all, from its own input. What it
+unpacked for that, and raw, wait at the node for its own backward, which is next. Statistics are those of forward, and
+running ones are not updated again.
 """
 
 from __future__ import annotations

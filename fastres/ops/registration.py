@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastres.kernels import table
 
-#: Called with the results of an op, or None.
+#: What is to be done with an op's results as soon as they are there, or None.
 Then = Callable[[Any], None] | None
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -41,8 +41,8 @@ def differentiable(
     """Gives `op` its gradient. Returns the function to call: op itself for tracing and without gradients, and for
     eager training an autograd.Function around it, which costs half of what a registered formula costs.
 
-    It takes `then` besides op's arguments: what to do with op's results before anything is saved for backward.
-    Checkpointing may end a recomputation once the last tensor is saved, and what is done later would not happen.
+    The function's `then` gets the results, before any is saved for backward: there the second forward of
+    torch.utils.checkpoint ends.
 
     eager_backward: of eager training, where it is not `backward`: what it calls need not be traceable."""
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
@@ -50,16 +50,13 @@ def differentiable(
 
     def call(*args: Any, then: Then = None) -> Any:
         if _records(args):
-            return apply(op, eager, (*args, then))
-        return _and_then(op(*args), then)
+            return apply(op, eager, args, then)
+        results = op(*args)
+        if then is not None:
+            then(results)
+        return results
 
     return call
-
-
-def _and_then(results: Any, then: Then) -> Any:
-    if then is not None:
-        then(results)
-    return results
 
 
 def served_by(op: Any, *args: Any) -> str:
@@ -74,7 +71,7 @@ def variant(
     eager = _function(op, lambda *args: op(*args), setup_context, backward)
 
     def call_variant(*args: Any, then: Then = None) -> Any:
-        return apply(op, eager, (*args, then)) if _records(args) else call(*args, then=then)
+        return apply(op, eager, args, then) if _records(args) else call(*args, then=then)
 
     return call_variant
 
@@ -95,7 +92,7 @@ def forked(
         x = args[0]
         if not may_fork(x) or not _records(args):
             return (*call(*args, then=then), x)
-        return apply(op, eager, (*args, then))
+        return apply(op, eager, args, then)
 
     return call_forked
 
@@ -108,9 +105,15 @@ def may_fork(x: Tensor) -> bool:
 def _function(
     op: Any, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Any:
-    """Takes one argument more than `forward`: what to do with the results, or None."""
-    methods = {
-        "forward": lambda *args: _and_then(forward(*args[:-1]), args[-1]),
+    def run(*args: Any) -> Any:
+        *inputs, then = args
+        results = forward(*inputs)
+        if then is not None:
+            then(results)
+        return results
+
+    methods: dict[str, Callable[..., Any]] = {
+        "forward": run,
         "setup_context": lambda ctx, inputs, output: setup_context(ctx, inputs[:-1], output),
         "backward": lambda ctx, *grads: (*backward(ctx, *grads), None),
     }
@@ -130,14 +133,15 @@ def _records(args: tuple[Any, ...]) -> bool:
     )
 
 
-def apply(op: Any, eager: Any, args: tuple[Any, ...]) -> Any:
-    """eager.apply, with what autocast asks for `op` done before: it has to be recorded. `args`: those of op first."""
+def apply(op: Any, eager: Any, args: tuple[Any, ...], then: Then) -> Any:
+    """eager.apply(*args, then), with what autocast asks for `op` done before: it has to be recorded. `args`: those of
+    op first."""
     device_type = args[0].device.type
     if op not in _casts or not autocast_enabled(device_type):
-        return eager.apply(*args)
+        return eager.apply(*args, then)
     args = tuple(_casts[op](torch.get_autocast_dtype(device_type), *args))
     with torch._C._ExcludeDispatchKeyGuard(_autocast_keys(device_type)):
-        return eager.apply(*args)
+        return eager.apply(*args, then)
 
 
 @functools.cache

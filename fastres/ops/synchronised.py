@@ -31,6 +31,7 @@ from fastres.ops import bn_act_maxpool as maxpool_op
 from fastres.ops import conv1x1_bn_act as conv1x1_op
 from fastres.ops import conv_bn_act as conv_op
 from fastres.ops import recompute, registration
+from fastres.ops.registration import Then
 
 #: y, mean and biased variance (float64 [C]), and the number of values a channel that they are of.
 Result = tuple[Tensor, Tensor, Tensor, int]
@@ -89,6 +90,12 @@ def _gradients(
     return grad_x, grad_weight, grad_bias, grad_y if need_residual else None
 
 
+def _finish(then: Then, *results: Any) -> None:
+    """Before anything is saved for backward: registration.differentiable says why."""
+    if then is not None:
+        then(results)
+
+
 def _affine(need: Sequence[bool], tensors: Sequence[Any], grads: Sequence[Tensor]) -> Iterator[Tensor | None]:
     """The gradients of weight and bias = tensors that are needed."""
     return (grad.to(t.dtype) if n else None for n, t, grad in zip(need, tensors, grads, strict=True))
@@ -99,8 +106,9 @@ class _BnAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Result:
-        x, weight, bias, _, _, residual, group, eps, relu, save_mask = args
+        x, weight, bias, _, _, residual, group, eps, relu, save_mask, then = args
         y, mean, var, mask, count = _normalise(x, weight, bias, residual, eps, relu, save_mask, group)
+        _finish(then, y, mean, var, count)
         ctx.save_for_backward(x, weight, bias, mean, var, mask)
         ctx.options = (count, eps, relu, group)
         ctx.mark_non_differentiable(mean, var)
@@ -111,7 +119,7 @@ class _BnAct(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
         tensors, need = ctx.saved_tensors, ctx.needs_input_grad
         grad_x, *affine, grad_residual = _gradients(grad_y, tensors, ctx.options, need[0], need[5])
-        return grad_x, *_affine(need[1:3], tensors[1:3], affine), None, None, grad_residual, *(None,) * 4
+        return grad_x, *_affine(need[1:3], tensors[1:3], affine), None, None, grad_residual, *(None,) * 5
 
 
 class _ConvBnAct(torch.autograd.Function):
@@ -119,10 +127,12 @@ class _ConvBnAct(torch.autograd.Function):
     call_forked)."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        x, conv_weight, conv_bias, weight, bias, _, _, residual, *geometry, group, eps, relu, save_mask, forked = args
+    def forward(ctx: Any, *given: Any) -> Any:
+        *args, forked, then = given
+        x, conv_weight, conv_bias, weight, bias, _, _, residual, *geometry, group, eps, relu, save_mask = args
         raw = _part("convolution", x, conv_weight, conv_bias, tuple(geometry))
         y, mean, var, mask, count = _normalise(raw, weight, bias, residual, eps, relu, save_mask, group)
+        _finish(then, y, mean, var, count)
         recompute.save(ctx, x, (conv_weight, raw, weight, bias, mean, var, mask))
         ctx.geometry, ctx.options, ctx.forked = tuple(geometry), (count, eps, relu, group), forked
         ctx.mark_non_differentiable(raw, mean, var)
@@ -134,7 +144,7 @@ class _ConvBnAct(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor | None, *rest: Any) -> tuple[Any, ...]:
         addend = rest[-1] if ctx.forked else None
         if grad_y is None:
-            return addend, *(None,) * 16
+            return addend, *(None,) * 17
         x, (conv_weight, *tensors) = recompute.saved(ctx)
         need = ctx.needs_input_grad
         needed = need[:3]
@@ -142,7 +152,7 @@ class _ConvBnAct(torch.autograd.Function):
         grads: Any = (None,) * 3
         if any(needed):
             grads = _part("convolution_backward", grad_raw, x, conv_weight, need[2], ctx.geometry, needed, addend)
-        return *grads, *_affine(need[3:5], tensors[1:3], affine), None, None, grad_residual, *(None,) * 9
+        return *grads, *_affine(need[3:5], tensors[1:3], affine), None, None, grad_residual, *(None,) * 10
 
 
 class _Conv1x1BnAct(torch.autograd.Function):
@@ -150,10 +160,11 @@ class _Conv1x1BnAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Result:
-        x, conv_weight, weight, bias, _, _, residual, group, eps, relu, save_mask = args
+        x, conv_weight, weight, bias, _, _, residual, group, eps, relu, save_mask, then = args
         mean, var, x_mean, covariance = _part("conv1x1_statistics", x, conv_weight)
         mean, var, count = combine((mean, var), x.numel() // x.shape[1], group)
         y, *_, mask = conv1x1_op.op(x, conv_weight, weight, bias, mean, var, residual, False, eps, relu, save_mask)
+        _finish(then, y, mean, var, count)
         tensors = (conv_weight, weight, bias, mean, var, x_mean, covariance, mask if save_mask else None)
         recompute.save(ctx, x, tensors)
         ctx.options = (count, eps, group)
@@ -185,7 +196,7 @@ class _Conv1x1BnAct(torch.autograd.Function):
             grad_conv_weight if need[1] else None,
             *_affine(need[2:4], (weight, bias), affine),
             *(None, None, g if need[6] else None),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -194,9 +205,10 @@ class _BnActMaxpool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Result:
-        x, weight, bias, _, _, group, *options = args
+        x, weight, bias, _, _, group, *options, then = args
         mean, var, count = combine(_part("bn_statistics", x), x.numel() // x.shape[1], group)
         y, _, _, index = maxpool_op.op(x, weight, bias, mean, var, False, *options)
+        _finish(then, y, mean, var, count)
         ctx.save_for_backward(x, weight, bias, mean, var, index)
         ctx.options, ctx.count, ctx.group = tuple(options), count, group
         ctx.mark_non_differentiable(mean, var)
@@ -216,7 +228,7 @@ class _BnActMaxpool(torch.autograd.Function):
                 factor = factor * weight
             slope, offset = (factor * total for total in _add_up(affine, ctx.group))
             grad_x = bn_act_op.op(x, slope, offset, mean, var, grad_x, False, eps, False, False)[0]
-        return grad_x if need[0] else None, *_affine(need[1:3], (weight, bias), affine), *(None,) * 8
+        return grad_x if need[0] else None, *_affine(need[1:3], (weight, bias), affine), *(None,) * 9
 
 
 def _untraced(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -235,11 +247,11 @@ def _no_second_order(node: Any) -> Tensor:
 
 @_untraced
 def bn_act(
-    x: Tensor, weight: Any, bias: Any, residual: Any, group: Any, eps: float, relu: bool, save_mask: bool
+    x: Tensor, weight: Any, bias: Any, residual: Any, group: Any, eps: float, relu: bool, save_mask: bool, then: Then
 ) -> Result:
     """act(batch_norm(x) + residual)"""
     args = (x, weight, bias, None, None, residual, group, eps, relu, save_mask)
-    return registration.apply(bn_act_op.op, _BnAct, args)
+    return registration.apply(bn_act_op.op, _BnAct, args, then)
 
 
 @_untraced
@@ -257,12 +269,13 @@ def conv_bn_act(
     save_mask: bool,
     again: bool,
     fork: list[Tensor] | None,
+    then: Then,
 ) -> Result:
     """act(batch_norm(conv(x)) + residual). again: let the op behind it compute the result again (recompute.py); fork:
     as in fastres.functional.conv_bn_act, which has put x in it."""
     forked = fork is not None and torch.is_grad_enabled() and registration.may_fork(x)
     args = (x, conv_weight, conv_bias, weight, bias, None, None, residual, *geometry)
-    results = registration.apply(conv_op.op, _ConvBnAct, (*args, group, eps, relu, save_mask, forked))
+    results = registration.apply(conv_op.op, _ConvBnAct, (*args, group, eps, relu, save_mask, forked), then)
     y, raw, mean, var, count, *others = results
     if fork is not None and others:
         fork[-1] = others[0]
@@ -273,17 +286,34 @@ def conv_bn_act(
 
 @_untraced
 def conv1x1_bn_act(
-    x: Tensor, conv_weight: Tensor, weight: Any, bias: Any, residual: Any, group: Any, eps: float, relu: bool
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    group: Any,
+    eps: float,
+    relu: bool,
+    then: Then,
 ) -> Result:
     """The same of a 1x1 convolution whose raw output is not kept."""
     args = (x, conv_weight, weight, bias, None, None, residual, group, eps, relu, relu)
-    return registration.apply(conv1x1_op.op, _Conv1x1BnAct, args)
+    return registration.apply(conv1x1_op.op, _Conv1x1BnAct, args, then)
 
 
 @_untraced
 def bn_act_maxpool(
-    x: Tensor, weight: Any, bias: Any, group: Any, eps: float, relu: bool, kernel: int, stride: int, padding: int
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    group: Any,
+    eps: float,
+    relu: bool,
+    kernel: int,
+    stride: int,
+    padding: int,
+    then: Then,
 ) -> Result:
     """max_pool2d(act(batch_norm(x)))"""
     args = (x, weight, bias, None, None, group, eps, relu, kernel, stride, padding)
-    return registration.apply(maxpool_op.op, _BnActMaxpool, args)
+    return registration.apply(maxpool_op.op, _BnActMaxpool, args, then)

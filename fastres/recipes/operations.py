@@ -19,6 +19,9 @@ Node = fx.Node
 #: Activations of torch.nn; only ReLU is fused.
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish, nn.ELU, nn.SELU, nn.PReLU)
 
+#: Modules that give their input back, always or where they are inactive.
+_PASSES: dict[type, object] = {kind: kind.forward for kind in (nn.Identity, nn.Dropout, nn.Dropout2d)}
+
 _RELU = (F.relu, torch.relu, torch.relu_)
 _OTHER_ACTIVATIONS = (
     *(F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish, F.mish, F.elu, F.selu, F.prelu, F.hardtanh),
@@ -92,14 +95,14 @@ def _call(node: Node, module: nn.Module) -> Operation:
         found.writes = found.norm is None and found.writes
     elif isinstance(module, ACTIVATIONS):
         found.kind = "act"
-        found.reason = changed or ("" if kind is nn.ReLU else f"{kind.__name__}: of the activations only ReLU is fused")
+        found.reason = f"{kind.__name__}: of the activations only ReLU is fused"
+        if kind is nn.ReLU:
+            found.reason = sites.child_blocked("relu", module) or ""
     elif isinstance(module, nn.modules.pooling._MaxPoolNd):
         found.kind, found.reason = "pool", sites.child_blocked("maxpool", module) or ""
-    elif kind is nn.Identity and changed is None:
-        found.kind = "skip"
-    elif isinstance(module, nn.modules.dropout._DropoutNd) and kind.__module__ == "torch.nn.modules.dropout":
-        inactive = not module.training or module.p == 0
-        found.kind = "skip" if inactive and changed is None and kind is not nn.FeatureAlphaDropout else "other"
+    elif kind in _PASSES and kind.forward is _PASSES[kind] and changed is None:
+        inactive = kind is nn.Identity or not module.training or module.p == 0
+        found.kind = "skip" if inactive else "other"
     if not plain and found.kind != "other":
         found.kind = "other" if found.kind == "skip" else found.kind
         found.reason = found.reason or "called with more than its input"
@@ -108,6 +111,8 @@ def _call(node: Node, module: nn.Module) -> Operation:
 
 def _why_not_convolution(module: Any) -> str | None:
     kind = type(module)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"a {kind.__name__}, whose parameters do not exist yet"
     if kind is nn.Conv2d or kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
         return sites.child_blocked("conv", module)
     return sites.child_changed("conv", module) or sites.padding_blocked(module)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres import reasons, sites
 from fastres.models.blocks import ZeroPadShortcut
-from fastres.recipes.residual import CifarForward, FusedModule, StemForward, children_of, shortcut_of
+from fastres.recipes.residual import CifarForward, FusedModule, StemForward, children_of, contains, shortcut_of
 
 
 def _children(block: Any) -> dict[str, Any]:
@@ -24,8 +24,7 @@ def _children(block: Any) -> dict[str, Any]:
 def _blocked(block: Any, x: Tensor, children: dict[str, Any]) -> bool:
     """Whether the block's own forward has to run."""
     # Eager computes the shortcut last, fused code before the last convolution: that shows if it shares a child.
-    own = {id(child) for child in children.values()}
-    shared = block.downsample is not None and any(id(module) in own for module in block.downsample.modules())
+    shared = contains(block.downsample, children.values())
     reason = reasons.because("shared-module", "module shared with the shortcut") if shared else None
     return sites.blocked(block, x, reason, **children) is not None
 

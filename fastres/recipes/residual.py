@@ -4,6 +4,7 @@ writes them this way."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +37,7 @@ class FusedModule:
     @classmethod
     def unfused_class(cls) -> type[nn.Module]:
         """The class that the module had before the swap, with what was mixed into it since (fully_shard does)."""
-        return _unfused(cls)
+        return _unfused(cls)  # type: ignore[arg-type]
 
     def _get_name(self) -> str:
         return self.unfused_class().__name__  # repr shows the model as the user wrote it
@@ -95,11 +96,17 @@ def children_of(block: Any) -> dict[str, Any]:
         return {name: getattr(block, name) for name in block.fused_children}
 
 
+def contains(module: nn.Module | None, wanted: Collection[nn.Module]) -> bool:
+    """Whether one of `wanted` is `module` or inside it. Module.modules() would take most of a guard's time."""
+    if module is None:
+        return False
+    return any(module is one for one in wanted) or any(contains(child, wanted) for child in module._modules.values())
+
+
 def _blocked(block: Any, x: Tensor, **children: nn.Module) -> bool:
     """Whether the block's own forward has to run. `children`: in the order of the forward, the last batch norm last."""
     # The shortcut is computed first here and last in eager, which shows if both use one batch norm.
-    last = [*children.values()][-1]
-    shared = block.downsample is not None and any(module is last for module in block.downsample.modules())
+    shared = contains(block.downsample, [*children.values()][-1:])
     reason = reasons.because("shared-module", "batch norm shared with the shortcut") if shared else None
     return sites.blocked(block, x, reason, **children) is not None
 

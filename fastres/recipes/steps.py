@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import sites
+from fastres import replay, sites
 from fastres.recipes import projection
 from fastres.recipes.operations import Node, Operation
 from fastres.recipes.patterns import Group, Matched
+from fastres.recipes.residual import FusedModule
 from fastres.recipes.trace import Trace
 
 Values = list[Any]
@@ -45,7 +46,10 @@ class Program:
                 self.result = _argument(step.args[0], self.slots)
                 self.returns = {self.slots[node] for node in step.all_input_nodes}
             elif step.op != "placeholder":
-                steps.append((self._call(step, modules, matched), self.slots[step], self._inputs(step)))
+                reads = self._inputs(step)
+                call = self._call(step, modules, matched)
+                module = modules[str(step.target)] if step.op == "call_module" else None
+                steps.append((_Plain(call, module, reads, self.size), self.slots[step], reads))
         last = {slot: i for i, (_, _, reads) in enumerate(steps) for slot in reads}
         self.steps = [
             (step, out, [slot for slot, when in last.items() if when == i and slot not in self.returns])
@@ -88,6 +92,31 @@ class Program:
         return lambda values: call(*args(values), **kwargs(values))
 
 
+class _Plain:
+    """Something that is not fused, and that a recording takes as it is."""
+
+    def __init__(self, call: Step, module: nn.Module | None, reads: list[int], size: int) -> None:
+        self.call, self.module, self.reads, self.size = call, module, list(dict.fromkeys(reads)), size
+
+    def __call__(self, values: Values) -> Any:
+        if not replay.recorded() or isinstance(self.module, FusedModule):
+            return self.call(values)  # a fused module records its own calls
+        with replay.paused():
+            y = self.call(values)
+        inputs = [values[slot] for slot in self.reads]
+        if type(y) is Tensor and 1 <= len(inputs) <= 2 and all(type(x) is Tensor for x in inputs):
+            replay.note(self.again, inputs[0], inputs[1] if len(inputs) > 1 else None, False, y)
+        else:
+            replay.spoil()
+        return y
+
+    def again(self, x: Tensor, residual: Tensor | None, relu: bool) -> Any:
+        values: Values = [None] * self.size
+        for slot, value in zip(self.reads, (x, residual), strict=False):
+            values[slot] = value
+        return self.call(values)
+
+
 def _method(name: str, args: Step, kwargs: Step) -> Step:
     def call(values: Values) -> Any:
         value, *others = args(values)
@@ -122,19 +151,20 @@ class _Group:
     """A group as one call; where that is not legal on these values, its nodes one by one."""
 
     def __init__(self, group: Group, slots: dict[Node, int], calls: list[Step]) -> None:
-        self.conv, self.norm, self.pool = group.conv, group.norm, group.pool
+        self.conv, self.pool = group.conv, group.pool
         self.act = "relu" if group.relu else "identity"
         self.x = slots[group.x]
         self.residual = None if group.residual is None else slots[group.residual]
-        self.options = {"recompute": True} if group.recompute else {}
+        self.recompute = group.recompute
         self.fork, self.promote, self.alone = group.fork, group.promote, group.alone
         self.calls = [(call, slots[node]) for call, node in zip(calls, group.nodes, strict=True)]
-        self.modules = [m for m in (self.conv, getattr(self.norm, "module", None)) if m is not None]
-        self.stands = None if self.norm is None else self.norm.stands
+        self.modules = [m for m in (group.conv, None if group.norm is None else group.norm.module) if m is not None]
+        self.stands: Any = None if group.norm is None else group.norm.stands
 
     def one_by_one(self, values: Values, reason: str) -> Any:
         for module in self.modules:
             sites.tell(module, reason)
+        replay.spoil()
         for call, slot in self.calls:
             values[slot] = call(values)
         result = values[self.calls[-1][1]]
@@ -166,11 +196,11 @@ class _Fused(_Group):
                 return self.calls[0][0](values)
             return sites.conv_act(conv, x, act=self.act)
         if conv is None:
-            return sites.bn_act(norm, x, act=self.act, **self.options)
+            return sites.bn_act(norm, x, act=self.act, recompute=self.recompute)
         if not self.fork:
-            return sites.conv_bn_act(conv, norm, x, act=self.act, **self.options)
+            return sites.conv_bn_act(conv, norm, x, act=self.act, recompute=self.recompute)
         fork: list[Tensor] = []
-        y = sites.conv_bn_act(conv, norm, x, act=self.act, fork=fork, **self.options)
+        y = sites.conv_bn_act(conv, norm, x, act=self.act, fork=fork, recompute=self.recompute)
         values[self.x] = fork[0]
         return y
 
@@ -178,7 +208,7 @@ class _Fused(_Group):
         """The whole group."""
         if self.conv is None:
             return sites.bn_act(self.stands, x, act=self.act, residual=residual, promote=self.promote)
-        if self.norm is None:
+        if self.stands is None:
             return sites.conv_act(self.conv, x, act=self.act, residual=residual, promote=self.promote)
         return sites.conv_bn_act(self.conv, self.stands, x, act=self.act, residual=residual, promote=self.promote)
 
@@ -192,6 +222,7 @@ class _Fused(_Group):
         # The convolution may change the dtype (autocast): what counts is what batch norm gets.
         if reason := sites.step_blocked(y, None, self.stands):
             sites.tell(self.modules[-1], reason)
+            replay.spoil()
             (_, slot), *rest = self.calls
             values[slot] = y
             del y

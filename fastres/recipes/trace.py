@@ -71,6 +71,8 @@ def hooked(module: nn.Module) -> bool:
 def opaque(module: nn.Module) -> str | None:
     """Why the forward of this module is not to be run on a stand-in, or None."""
     kind = unfused(module)
+    if kind.__module__ == "fastres.nn":
+        return f"a {kind.__name__} of fastres, which is fused by itself"
     if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
         return f"a {kind.__name__}, which has a graph of its own"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
@@ -164,23 +166,16 @@ class _Value(Proxy):
             return _Value
         raise Refused("forward asks for the type of its input")
 
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
 def _in_place(function: Any) -> Callable[[Any, Any], Any]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
-for _name in ("isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
     setattr(_Value, f"__{_name}__", _in_place(getattr(operator, _name)))
-
-
-def _assign(self: Any, key: Any, value: Any) -> None:
-    self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-_Value.__setitem__ = _assign  # type: ignore[attr-defined]
 
 
 class _Tracer(TracerBase):

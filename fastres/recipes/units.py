@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres import batch_norm, sites
+from fastres import batch_norm, replay, sites
 from fastres.kernels import extension
 from fastres.reasons import because
 from fastres.recipes import fused_class, norms, source, trace
@@ -31,7 +31,6 @@ from fastres.recipes.trace import HOOKS, Refused, Trace
 #: Traces of one module that are kept at a time, and that are made at all.
 KEPT, MADE = 4, 64
 NOTHING = because("no-pattern", "nothing in it to fuse")
-ALONE = because("no-pattern", "nothing beside it to fuse with: runs as a convolution of fastres's")
 _CALL = nn.Module.__call__
 
 
@@ -44,20 +43,26 @@ class Unit(FusedModule):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        found = plan_of(self)
-        if isinstance(found, Plan):
-            values = found.arguments(args, kwargs)
-            reason = values if isinstance(values, str) else None
-        else:
-            values, reason = (), found.reason
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        found: Any = plan_of(self)
+        values: Any = found.arguments(args, kwargs) if isinstance(found, Plan) else found.reason
+        reason = values if isinstance(values, str) else None
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
         if sites.blocked(self, x, reason) is not None:
+            replay.spoil()
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        del x, args
-        return found.program(values)  # type: ignore[union-attr]
+        del args
+        program = found.program
+        if replay.recorded():
+            if found.traced.outer:
+                replay.spoil()  # which does not look at global variables
+        elif len(values) == 1 and not found.traced.outer and not torch.is_grad_enabled():
+            return sites.chain_of_blocks(self, None, (), x, lambda x: program((x,)))
+        del x
+        return program(values)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, args, *rest = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore[misc]
+        made: Any = super().__reduce_ex__(max(2, int(protocol)))
+        function, args, *rest = made
         if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return (function, args, *rest)  # a class that copies itself in a way of its own
         return (_new, (self.unfused_class(), *args[1:]), *rest)
@@ -91,7 +96,7 @@ class Guard:
     """
 
     def __init__(self, whole: list[nn.Module], called: list[nn.Module], outer: source.Outer) -> None:
-        whole = list(dict.fromkeys(whole))
+        whole = [m for m in dict.fromkeys(whole) if not isinstance(m, torch.jit.ScriptModule)]
         called = [m for m in dict.fromkeys(called) if m not in whole]
         modules = (*whole, *called)
         views = [view for m in whole for view in (m.__dict__, m._modules)]
@@ -129,7 +134,8 @@ class Plan:
         self.traced, self.matched = traced, matched
         self.program = Program(traced, matched)
         self.helpers = [m for m in traced.opened.values() if m is not module]
-        whole, called = [*traced.opened.values(), *traced.touched], []
+        whole = [*traced.opened.values(), *traced.touched]
+        called: list[nn.Module] = []
         for node in matched.graph.nodes:
             op = matched.operations[node]
             if op.kind != "other" and op.module is not None:
@@ -140,14 +146,12 @@ class Plan:
     def rows(self) -> Iterator[tuple[str, str, str, nn.Module | None]]:
         """Path, kind, reason ("" if it is fused) and module of every operation of the graph; no path and module for
         functions."""
-        grouped = {node: group for group in self.matched.groups for node in group.nodes}
         paths = {module: path for path, module in self.traced.opened.items()}
         for node in self.matched.graph.nodes:
             op = self.matched.operations[node]
             if op.kind not in ("conv", "bn", "act", "add", "pool"):
                 continue
-            group = grouped.get(node)
-            reason = self.matched.reasons.get(node, "") if group is None else ALONE if group.alone else ""
+            reason = self.matched.reasons.get(node, "")
             path = str(node.target) if node.op == "call_module" else paths.get(op.module, "")
             yield path, op.kind, reason, op.module
 

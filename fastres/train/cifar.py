@@ -128,7 +128,7 @@ def _guarded(source: Path, parse: Callable[[], Found]) -> Found:
 
 def _from_archive(archive: Path, folder: str, parse: Callable[[Read, Kind], Found], kind: Kind) -> Found:
     # As a stream of blocks: what comes out of gzip is counted, also where tarfile skips over it.
-    with gzip.open(archive) as file, tarfile.open(fileobj=(stream := _Limited(file)), mode="r|") as tar:
+    with gzip.open(archive) as file, tarfile.open(fileobj=(stream := _Limited(file)), mode="r|") as tar:  # type: ignore[call-overload]  # it reads only
         # One pass: a compressed archive has to be decompressed from the start for every step back.
         wanted = {f"{folder}/{n}{end}" for n in (*kind.train, *kind.test, kind.meta, kind.text) for end in ("", ".bin")}
         files: dict[str, bytes] = {}
@@ -256,7 +256,7 @@ class _Array:
         return np.frombuffer(self.data, np.uint8).reshape(self.shape)
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the stubs lack it
+class _Unpickler(pickle._Unpickler):
     """Knows three names, which stand for the two classes above. Any other, such as os.system, is refused unseen.
 
     In Python, because the one in C makes room for as many values as a damaged or hostile file says (LONG_BINPUT).
