@@ -117,7 +117,7 @@ def test_explain_prints_the_ledger(capsys: pytest.CaptureFixture[str], tmp_path:
     assert (code, err) == (0, "")
     assert out.startswith("resnet18, eval mode, float32")
     assert "layer4.1.conv2" in out
-    rows = json.loads(file.read_text())
+    rows = json.loads(file.read_text())["rows"]
     assert {row["kind"] for row in rows} >= {"conv", "bn", "act", "add"}
 
 

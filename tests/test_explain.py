@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import reasons, sites
-from fastres.saved import SavedTensors
 from fastres.explain import ExplainReport
 from fastres.kernels import extension
 from fastres.report import Row
+from fastres.saved import SavedTensors
 
 compiled = pytest.mark.skipif(not extension.available(), reason="no compiled kernels")
 

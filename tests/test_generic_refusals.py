@@ -107,6 +107,34 @@ class WritesGlobal(Block):
         return self.run(x)
 
 
+class StopsGradients(Block):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.run(x)
+        return x + self.conv(x)
+
+
+class LeavesAutocast(Block):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.run(x)
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class HasItsOwnGradient(Block):
+    def forward(self, x):
+        return _Doubled.apply(self.run(x))
+
+
 class TakesAnything(Block):
     def forward(self, x, **options):
         return self.run(x)
@@ -125,6 +153,9 @@ REFUSED = {
     Prints: "uses print",
     AsksForTheMode: "is_grad_enabled",
     WritesGlobal: "global variable",
+    StopsGradients: "the mode of autograd",
+    LeavesAutocast: "the mode of autograd or of autocast",
+    HasItsOwnGradient: "autograd.Function",
     TakesAnything: "any number of arguments",
 }
 

@@ -115,9 +115,11 @@ def trace(module: nn.Module, opens: Callable[[nn.Module], bool]) -> Trace:
         raise Refused("global module hooks")
     before = _random_state()
     try:
-        values = [tracer.create_proxy("placeholder", name, (), {}) for name in parameters]
-        result = kind.forward(tracer.root, *values, **defaults)
-        tracer.create_node("output", "output", (tracer.create_arg(result),), {})
+        with torch.enable_grad():
+            tracer.modes = _modes()
+            values = [tracer.create_proxy("placeholder", name, (), {}) for name in parameters]
+            result = kind.forward(tracer.root, *values, **defaults)
+            tracer.create_node("output", "output", (tracer.create_arg(result),), {})
     except Refused:
         raise
     except Exception as error:  # whatever a forward may raise on a value that is none
@@ -127,9 +129,20 @@ def trace(module: nn.Module, opens: Callable[[nn.Module], bool]) -> Trace:
         drawn = _random_state_changed(before)
     if drawn:
         raise Refused("forward draws random numbers")
+    if tracer.mode_changed:  # the forward may have caught what create_node raised
+        raise Refused(_MODE)
     tracer.check_untouched()
     modules = {str(n.target): tracer.names[str(n.target)] for n in tracer.graph.nodes if n.op == "call_module"}
     return Trace(tracer.graph, modules, tracer.opened, list(tracer.touched.values()), parameters, defaults, outer)
+
+
+_MODE = "forward sets the mode of autograd or of autocast, or calls an autograd.Function"
+
+
+def _modes() -> tuple[Any, ...]:
+    """What a call depends on besides its arguments. An autograd.Function runs its forward without gradients."""
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 def _arguments(forward: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -185,6 +198,8 @@ class _Tracer(TracerBase):
 
     def __init__(self, module: nn.Module, opens: Callable[[nn.Module], bool]) -> None:
         self.graph = fx.Graph()
+        self.modes: tuple[Any, ...] = ()
+        self.mode_changed = False
         self.scope = Scope("", None)
         self.module_stack = OrderedDict()
         self.node_name_to_scope = {}
@@ -229,6 +244,12 @@ class _Tracer(TracerBase):
 
     def proxy(self, node: fx.Node) -> Proxy:
         return _Value(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:  # a graph would not set it
+            self.mode_changed = True
+            raise Refused(_MODE)
+        return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Proxy):
