@@ -97,7 +97,7 @@ def _function(
     op: Any, forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Any:
     """Takes one argument more than `forward`: what to do with the results, or None."""
-    methods = {
+    methods: dict[str, Any] = {
         "forward": lambda *args: _and_then(forward(*args[:-1]), args[-1]),
         "setup_context": lambda ctx, inputs, output: setup_context(ctx, inputs[:-1], output),
         "backward": lambda ctx, *grads: (*backward(ctx, *grads), None),
