@@ -197,21 +197,21 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("BasicBlock", "train"), ("Bottleneck", "inference")])
-def test_f9_sizes(kind, mode, fresh):
+def test_f9_sizes(fresh):
     """fullgraph, and for new batch and image sizes never more compilations than eager's model needs."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     sizes = ((2, 8, 10), (3, 12, 14), (5, 16, 9), (4, 11, 13))
     counts = []
-    for model in both(kind, "train" if mode == "train" else "eval"):
+    for model in both("BasicBlock", "train"):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("eager")
         compiled = torch.compile(model, backend=counter, fullgraph=True)
         plain = copy.deepcopy(model)
         for n, h, w in sizes:
             x = torch.randn(n, 16, h, w).contiguous(memory_format=torch.channels_last)
-            assert_same(step(model, x, mode, call=lambda x: compiled(x)), step(plain, x, mode))  # noqa: B023
+            got = step(model, x, "train", call=lambda x: compiled(x))  # noqa: B023
+            assert_same(got, step(plain, x, "train"))
         counts.append(counter.frame_count)
     assert counts[1] <= counts[0] <= 3
 
@@ -240,11 +240,11 @@ def exported(model, x, strict):
     return torch.export.export(model, (x,), dynamic_shapes=({0: n, 2: h},), strict=strict)
 
 
-@pytest.mark.parametrize(("strict", "mode"), [(False, "train"), (False, "eval"), (True, "train")])
-def test_f10_export(strict, mode):
+@pytest.mark.parametrize("strict", [False, True])
+def test_f10_export(strict):
     """By default the original forward is exported, plain ATen, for whoever reads it; with strict=True our ops are. For
     other batch and image sizes; in training the statistics move."""
-    eager, fused = both("BasicBlock", mode)
+    eager, fused = both("BasicBlock", "train")
     program = exported(fused, image(), strict)
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert any("fastres" in name for name in names) == strict
@@ -260,7 +260,7 @@ def test_f10_export(strict, mode):
     torch.export.save(program, file)
     file.seek(0)
     again = torch.export.load(file).module()
-    torch.testing.assert_close(again(x), module(x) if mode == "eval" else want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again(x), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(
@@ -279,10 +279,9 @@ def test_f10_aot_inductor(strict, tmp_path):
         torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), eager(x), rtol=1e-4, atol=1e-5)
 
 
-@libraries
-def test_f10_network(library):
-    """A whole network with its stem, as it comes: ATen only."""
-    model = network(library).eval()
+def test_f10_network():
+    """A whole network with its stem, in evaluation: ATen only."""
+    model = network().eval()
     fastres.fuse_(model)
     x = image(3, size=32)
     program = torch.export.export(model, (x,))
