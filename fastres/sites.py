@@ -60,6 +60,14 @@ def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.
     return reason
 
 
+def unit_blocked(unit: nn.Module, x: Any, reason: str | None) -> str | None:
+    """As `blocked`, for a unit whose steps look at their tensors themselves: only at what does not depend on them. x: a
+    plain tensor, unless there is a reason already."""
+    reason = reason or _context_blocked(x)
+    tell(unit, reason)
+    return reason
+
+
 def chain_of_blocks(
     owner: nn.Module,
     parts: tuple[str, ...] | None,
