@@ -333,7 +333,10 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
     """conv(x) + residual, as conv_act."""
-    return conv_act(conv, x, act="identity", residual=residual)
+    y = conv_act(conv, x, act="identity", residual=residual)
+    if residual is None:  # a user's shortcut may return it: eager's TypeError
+        y += residual
+    return y
 
 
 def conv_act(conv: nn.Conv2d, x: Tensor, *, act: str, residual: Tensor | None = None, promote: bool = False) -> Tensor:
