@@ -146,6 +146,7 @@ inline void enter() {
 inline void wait(State state, void* sync) {
   Fiber& me = self();
   (void)sync;
+  me.fenced = false;
   FIBER_TSAN(__tsan_release(sync);)
   me.state.store(state, std::memory_order_relaxed);
   switch_to_scheduler(me, false);
@@ -352,7 +353,8 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   return bits;
 }
 
-// An atomic orders nothing by itself; a fence before it publishes, one after it makes visible what others published.
+// An atomic orders nothing by itself; a fence before it publishes, with no barrier in between, for what that brings the fence has
+// not seen; a fence after it makes visible what others published.
 inline void __threadfence() {
   cuda_on_cpu::Fiber& me = cuda_on_cpu::self();
   me.fenced = true;
