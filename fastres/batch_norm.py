@@ -88,8 +88,8 @@ def blocked(bn: BatchNorm, x: Tensor) -> str | None:
     if not x.is_cpu and process_group(bn) is not None:
         return f"fused synchronised batch norm is for CPUs, input on {x.device}"
     device, dtype = x.device, None
-    if isinstance(bn, Frozen) and (x.dtype is not mean.dtype or registration.autocast_enabled(device.type)):  # type: ignore[union-attr]
-        return f"input is {x.dtype}, frozen batch norm {mean.dtype}, autocast or not: eager's result is promoted"  # type: ignore[union-attr]
+    if isinstance(bn, Frozen) and (x.dtype is not mean.dtype or registration.autocast_enabled(device.type)):
+        return f"input is {x.dtype}, frozen batch norm {mean.dtype}, autocast or not: eager's result is promoted"
     for t in (weight, bias, mean, var):
         if t is None:
             continue

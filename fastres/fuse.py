@@ -122,12 +122,12 @@ class _Walk:
             return
         self._seen.add(module)
         cls: Any = type(module)
-        recipe = cls if issubclass(cls, FusedModule) else fused_class(cls)
+        recipe: Any = cls if issubclass(cls, FusedModule) else fused_class(cls)
         known = recipe is not None and not issubclass(recipe, units.Unit)
         reason = _unlike_recipe(module, recipe) if known and recipe is not cls else None
         if known and (reason is None or not self._unit(name, module)):
             _claim(name, module, recipe, reason, self.claimed, self.additions)
-            self._inlined.update(child for child in module._modules.values() if self._is_claimed(child))
+            self._inlined.update(child for child in module.children() if self._is_claimed(child))
             if reason is None and recipe is not cls:
                 self.swaps.append((module, recipe))
         elif not known and module._modules and kind_of(module) in (None, "conv") and module not in self._inlined:
@@ -136,7 +136,7 @@ class _Walk:
             if child is not None:
                 self.visit(f"{name}.{child_name}" if name else child_name, child)
 
-    def _is_claimed(self, child: nn.Module | None) -> bool:
+    def _is_claimed(self, child: nn.Module) -> bool:
         """Whether a recipe has taken a shortcut over."""
         return type(child) is nn.Sequential and all(m in self.claimed for m in child._modules.values())
 
@@ -199,7 +199,9 @@ def _unlike_recipe(module: nn.Module, new: Any) -> str | None:
     missing = [name for name, child in children.items() if not isinstance(child, nn.Module)]
     if missing:
         return f"no child module {missing[0]}"
-    return next(filter(None, (sites.child_blocked(role, child) for role, child in children.items())), None)
+    # What may go again, such as a hook, is for the guard at call time.
+    lasting = {role: child for role, child in children.items() if sites.child_changed(role, child) is None}
+    return next(filter(None, (sites.child_blocked(role, child) for role, child in lasting.items())), None)
 
 
 def _taken_over(block: nn.Module, new: Any) -> dict[str, Any]:

@@ -159,7 +159,8 @@ def add_blocked(x: Any, residual: Any) -> str | None:
 def add_act(x: Tensor, residual: Tensor, *, act: str) -> Tensor:
     """act(x + residual), where `add_blocked` has nothing against it."""
     y = functional.add_act(x, residual, act=act)
-    replay.note(lambda x, residual, relu: functional.add_act(x, residual, act=act), x, residual, act == "relu", y)
+    run: Any = lambda x, residual, relu: functional.add_act(x, residual, act=act)  # noqa: E731
+    replay.note(run, x, residual, act == "relu", y)
     return y
 
 

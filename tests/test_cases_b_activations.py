@@ -94,6 +94,25 @@ def test_b8_module_between_batch_norm_and_add(vision, between, mode):
 
 
 @modes
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_b8_block_of_timm(rate, mode):
+    """timm's own BasicBlock, with its DropPath and squeeze-and-excitation."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    kind = timm.models.resnet.BasicBlock
+    squeeze = timm.layers.SEModule if rate else None
+    eager = randomise(kind(16, 16, drop_path=timm.layers.DropPath(rate), attn_layer=squeeze))
+    fused = copy.deepcopy(eager)
+    report = fastres.fuse_(fused)
+    assert all(row.fused for row in report.rows if row.kind in ("bn", "act", "add"))
+    x = image()
+    outcomes = []
+    for model in (fused, eager):
+        torch.manual_seed(4)
+        outcomes.append(step(model, x, mode))
+    assert_same(*outcomes)
+
+
+@modes
 @libraries
 def test_b8_module_put_behind_a_known_blocks_batch_norm(library, mode):
     """bn3 is no longer a plain batch norm: the block's own forward runs, dropout and all."""

@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import _blocks
 import pytest
 import torch
 from _compare import (
@@ -150,6 +151,15 @@ def test_c11_quantizable_torchvision(mode):
     report = fastres.fuse_(copy.deepcopy(model))
     assert report.fused == 0 and all(row.reason for row in report.rows)
     check(nn.Sequential(model, block("torchvision")), image(), mode)
+
+
+@modes
+@pytest.mark.parametrize("style", ["transformers", "mmcv", "detectron2"])
+def test_c11_blocks_of_other_libraries(style, mode):
+    """Written as they write them; more in test_generic_blocks.py."""
+    model = randomise(_blocks.BLOCKS[style](1 if style == "mmcv" else 2))
+    fused = check(model, image(_blocks.WIDTH), mode)
+    assert all(row.fused for row in fastres.fuse_(fused).rows)
 
 
 @libraries

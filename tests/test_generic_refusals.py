@@ -308,7 +308,7 @@ def test_attributes_that_never_stay_are_not_traced_for_ever():
     model = randomise(Named())
     fastres.fuse_(model)
     x = image(WIDTH)
-    for i in range(units.MADE + 3):
+    for _ in range(units.MADE + 3):
         model.step = object()
         with torch.no_grad(), watched() as seen:
             model(x)

@@ -26,11 +26,13 @@ class Norm:
     """A batch norm, and what it does besides.
 
     Attributes:
+        module: the batch norm.
         stands: what fastres.sites takes for it.
         after: names of the children that it calls afterwards, one after the other.
         plain: its batch norm alone.
     """
 
+    module: nn.Module
     stands: Any
     after: tuple[str, ...]
     plain: Callable[[Tensor], Tensor]
@@ -45,11 +47,11 @@ def known(module: nn.Module) -> Norm | str:
     """The batch norm that `module` is, or why fused code may not stand for it."""
     kind = type(module)
     if kind in batch_norm.FORWARDS:
-        return sites.child_blocked("bn", module) or Norm(module, (), module)
+        return sites.child_blocked("bn", module) or Norm(module, module, (), module)
     if reason := sites.child_changed(kind.__name__, module):
         return reason
     if _is_norm_act(kind):
-        return Norm(module, ("drop", "act"), lambda x: nn.BatchNorm2d.forward(module, x))  # type: ignore[arg-type]
+        return Norm(module, module, ("drop", "act"), lambda x: nn.BatchNorm2d.forward(module, x))  # type: ignore[arg-type]
     if "FrozenBatchNorm" in kind.__name__:
         return _frozen(module)
     return f"a {kind.__name__}, not a plain BatchNorm2d"
@@ -73,7 +75,7 @@ def _frozen(module: nn.Module) -> Norm | str:
     if eps is None:
         return f"a {name} that does not compute a frozen batch norm"
     stands = batch_norm.Frozen(module, eps)
-    return Norm(stands, after, (lambda x: _scaled(stands, x)) if after else module)
+    return Norm(module, stands, after, (lambda x: _scaled(stands, x)) if after else module)
 
 
 def _scaled(norm: batch_norm.Frozen, x: Tensor) -> Tensor:
@@ -83,8 +85,9 @@ def _scaled(norm: batch_norm.Frozen, x: Tensor) -> Tensor:
     return x * scale + (bias - mean * scale)
 
 
-#: What a class was found to compute, with its forward then.
+#: What a class was found to compute: its forward then, and the eps by the attributes that it may have from.
 _probed: WeakKeyDictionary[type, tuple[Any, dict[Any, float | None]]] = WeakKeyDictionary()
+_INTERNAL = nn.Module().__dict__.keys()
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -96,9 +99,13 @@ def _eps(module: nn.Module) -> float | None:
     known = _probed.get(kind)
     if known is None or known[0] is not kind.forward:
         known = _probed[kind] = (kind.forward, {})
-    if wanted not in known[1]:
-        known[1][wanted] = wanted if _computes(module, float(wanted)) else None
-    return known[1][wanted]
+    own = [(name, value) for name, value in module.__dict__.items() if name not in _INTERNAL or name == "training"]
+    if not all(isinstance(value, (bool, int, float, str, type(None))) for _, value in own):
+        return wanted if _computes(module, float(wanted)) else None
+    key = tuple(own)
+    if key not in known[1]:
+        known[1][key] = wanted if _computes(module, float(wanted)) else None
+    return known[1][key]
 
 
 def _computes(module: nn.Module, eps: float) -> bool:

@@ -115,6 +115,8 @@ def _why_not_convolution(module: Any) -> str | None:
         return f"a {kind.__name__}, whose parameters do not exist yet"
     if kind is nn.Conv2d or kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
         return sites.child_blocked("conv", module)
+    if hasattr(kind, "weight") or "weight" not in module._parameters:
+        return "parametrized: its weight is computed where it is read"
     return sites.child_changed("conv", module) or sites.padding_blocked(module)
 
 

@@ -128,7 +128,9 @@ class _Matcher:
 
     def functional(self, node: Node) -> bool:
         """Whether an operation that writes to its input may as well not do so."""
-        target = self.value(node.args[0])  # type: ignore[arg-type]
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            return False
+        target = self.value(node.args[0])
         return self.uses[target] == [node] and self.fresh(target)
 
     def why_not(self, node: Node) -> str:
@@ -173,14 +175,15 @@ class _Matcher:
             self.decide(group)
         done = Matched(self.graph, self.ops, values=self.values, groups=self.groups)
         for node in self.nodes:
-            group = self.owner.get(node)
-            if node in self.values or (group is not None and node is not group.last):
+            owner = self.owner.get(node)
+            if node in self.values or (owner is not None and node is not owner.last):
                 continue
-            done.steps.append(node if group is None else group)
+            done.steps.append(node if owner is None else owner)
         for group in self.groups:
             if group.shortcut is not None:
                 done.steps.remove(group.shortcut)
         done.reasons = {node: self.reason(node) for node in self.nodes if node not in self.owner}
+        done.reasons |= {group.last: self.after(group.last) for group in self.groups if group.alone}
         return done
 
     def start(self, node: Node, kind: str) -> None:
@@ -243,12 +246,9 @@ class _Matcher:
     def decide(self, group: Group) -> None:
         if group.conv is None and group.norm is None:
             return
-        readers = [self.owner.get(use) for use in self.uses[group.last]]
-        feeds = len(readers) == 1 and readers[0] is not None and readers[0].conv is not None
-        group.recompute = (
-            bool(feeds and group.relu and group.residual is None and group.pool is None and group.norm is not None)
-            and readers[0].x is group.last
-        )  # type: ignore[union-attr]
+        reader = self.owner.get(self.uses[group.last][0]) if len(self.uses[group.last]) == 1 else None
+        if reader is not None and reader.conv is not None and reader.x is group.last:
+            group.recompute = group.relu and group.norm is not None and group.residual is None and group.pool is None
         uses = self.uses[group.x]
         if group.conv is not None and group.norm is not None and len(uses) == 2 and uses[0] is group.nodes[0]:
             other = self.owner.get(uses[1])
@@ -267,6 +267,15 @@ class _Matcher:
         if op.kind == "act" and len(self.uses[x]) > 1:
             return "its input is read elsewhere too"
         return f"its input comes from {self.named(x)}"
+
+    def after(self, conv: Node) -> str:
+        """Why a convolution is by itself."""
+        uses = self.uses[conv]
+        if len(uses) > 1:
+            what = "its result is read more than once"
+        else:
+            what = f"before {self.named(uses[0])}" if uses else "its result is not read"
+        return f"{what}: runs by itself, as a convolution of fastres's"
 
     def between(self, node: Node) -> str:
         """What stands between a batch norm and the addition of `node`."""

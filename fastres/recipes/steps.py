@@ -151,15 +151,15 @@ class _Group:
     """A group as one call; where that is not legal on these values, its nodes one by one."""
 
     def __init__(self, group: Group, slots: dict[Node, int], calls: list[Step]) -> None:
-        self.conv, self.norm, self.pool = group.conv, group.norm, group.pool
+        self.conv, self.pool = group.conv, group.pool
         self.act = "relu" if group.relu else "identity"
         self.x = slots[group.x]
         self.residual = None if group.residual is None else slots[group.residual]
-        self.options = {"recompute": True} if group.recompute else {}
+        self.recompute = group.recompute
         self.fork, self.promote, self.alone = group.fork, group.promote, group.alone
         self.calls = [(call, slots[node]) for call, node in zip(calls, group.nodes, strict=True)]
-        self.modules = [m for m in (self.conv, getattr(self.norm, "module", None)) if m is not None]
-        self.stands = None if self.norm is None else self.norm.stands
+        self.modules = [m for m in (group.conv, None if group.norm is None else group.norm.module) if m is not None]
+        self.stands: Any = None if group.norm is None else group.norm.stands
 
     def one_by_one(self, values: Values, reason: str) -> Any:
         for module in self.modules:
@@ -196,11 +196,11 @@ class _Fused(_Group):
                 return self.calls[0][0](values)
             return sites.conv_act(conv, x, act=self.act)
         if conv is None:
-            return sites.bn_act(norm, x, act=self.act, **self.options)
+            return sites.bn_act(norm, x, act=self.act, recompute=self.recompute)
         if not self.fork:
-            return sites.conv_bn_act(conv, norm, x, act=self.act, **self.options)
+            return sites.conv_bn_act(conv, norm, x, act=self.act, recompute=self.recompute)
         fork: list[Tensor] = []
-        y = sites.conv_bn_act(conv, norm, x, act=self.act, fork=fork, **self.options)
+        y = sites.conv_bn_act(conv, norm, x, act=self.act, fork=fork, recompute=self.recompute)
         values[self.x] = fork[0]
         return y
 
@@ -208,7 +208,7 @@ class _Fused(_Group):
         """The whole group."""
         if self.conv is None:
             return sites.bn_act(self.stands, x, act=self.act, residual=residual, promote=self.promote)
-        if self.norm is None:
+        if self.stands is None:
             return sites.conv_act(self.conv, x, act=self.act, residual=residual, promote=self.promote)
         return sites.conv_bn_act(self.conv, self.stands, x, act=self.act, residual=residual, promote=self.promote)
 

@@ -81,6 +81,8 @@ def opaque(module: nn.Module) -> str | None:
         return f"{kind.__name__} has its own __call__"
     if "forward" in module.__dict__:
         return "the module has its own forward"
+    if kind.__module__.startswith("torch.nn.utils."):
+        return "parametrized"
     if not isinstance(kind.forward, types.FunctionType):
         return f"{kind.__name__}.forward is not a function"
     for child in (module, *module._modules.values()):
@@ -166,23 +168,16 @@ class _Value(Proxy):
             return _Value
         raise Refused("forward asks for the type of its input")
 
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
 def _in_place(function: Any) -> Callable[[Any, Any], Any]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
-for _name in ("isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
     setattr(_Value, f"__{_name}__", _in_place(getattr(operator, _name)))
-
-
-def _assign(self: Any, key: Any, value: Any) -> None:
-    self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-_Value.__setitem__ = _assign  # type: ignore[attr-defined]
 
 
 class _Tracer(TracerBase):

@@ -29,7 +29,6 @@ from fastres.recipes.trace import HOOKS, Refused, Trace
 #: Traces of one module that are kept at a time, and that are made at all.
 KEPT, MADE = 4, 64
 NOTHING = "nothing in it to fuse"
-ALONE = "nothing beside it to fuse with: runs as a convolution of fastres's"
 _CALL = nn.Module.__call__
 
 
@@ -42,28 +41,26 @@ class Unit(FusedModule):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        found = plan_of(self)
-        if isinstance(found, Plan):
-            values = found.arguments(args, kwargs)
-            reason = values if isinstance(values, str) else None
-        else:
-            values, reason = (), found.reason
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        found: Any = plan_of(self)
+        values: Any = found.arguments(args, kwargs) if isinstance(found, Plan) else found.reason
+        reason = values if isinstance(values, str) else None
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
         if sites.blocked(self, x, reason) is not None:
             replay.spoil()
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         del args
-        program = found.program  # type: ignore[union-attr]
+        program = found.program
         if replay.recorded():
-            if found.traced.outer:  # type: ignore[union-attr]
+            if found.traced.outer:
                 replay.spoil()  # which does not look at global variables
-        elif len(values) == 1 and not found.traced.outer and not torch.is_grad_enabled():  # type: ignore[union-attr]
+        elif len(values) == 1 and not found.traced.outer and not torch.is_grad_enabled():
             return sites.chain_of_blocks(self, None, (), x, lambda x: program((x,)))
         del x
         return program(values)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, args, *rest = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore[misc]
+        made: Any = super().__reduce_ex__(max(2, int(protocol)))
+        function, args, *rest = made
         if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return (function, args, *rest)  # a class that copies itself in a way of its own
         return (_new, (self.unfused_class(), *args[1:]), *rest)
@@ -135,7 +132,8 @@ class Plan:
         self.traced, self.matched = traced, matched
         self.program = Program(traced, matched)
         self.helpers = [m for m in traced.opened.values() if m is not module]
-        whole, called = [*traced.opened.values(), *traced.touched], []
+        whole = [*traced.opened.values(), *traced.touched]
+        called: list[nn.Module] = []
         for node in matched.graph.nodes:
             op = matched.operations[node]
             if op.kind != "other" and op.module is not None:
@@ -146,14 +144,12 @@ class Plan:
     def rows(self) -> Iterator[tuple[str, str, str, nn.Module | None]]:
         """Path, kind, reason ("" if it is fused) and module of every operation of the graph; no path and module for
         functions."""
-        grouped = {node: group for group in self.matched.groups for node in group.nodes}
         paths = {module: path for path, module in self.traced.opened.items()}
         for node in self.matched.graph.nodes:
             op = self.matched.operations[node]
             if op.kind not in ("conv", "bn", "act", "add", "pool"):
                 continue
-            group = grouped.get(node)
-            reason = self.matched.reasons.get(node, "") if group is None else ALONE if group.alone else ""
+            reason = self.matched.reasons.get(node, "")
             path = str(node.target) if node.op == "call_module" else paths.get(op.module, "")
             yield path, op.kind, reason, op.module
 
@@ -280,9 +276,9 @@ def make(module: nn.Module, opener: Opener) -> Plan | Refusal:
         matched = match(traced)
         if matched.worthwhile:
             return Plan(module, traced, matched)
-        reasons = (
-            matched.reasons.get(node) for node in matched.graph.nodes if matched.operations[node].kind != "other"
-        )
+        alone = {group.last for group in matched.groups}
+        left = (node for node, op in matched.operations.items() if op.kind != "other" and node not in alone)
+        reasons = (matched.reasons.get(node) for node in left)
         return Refusal(module, next(filter(None, reasons), NOTHING))
     except Refused as refused:
         return Refusal(module, str(refused))
