@@ -20,6 +20,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,22 @@ def _append(log: Path, entry: dict[str, Any]) -> None:
 
 
 def _one(model: sweep_models.Model, options: argparse.Namespace) -> dict[str, Any]:
-    """Checks one model in a process of its own, which has all libraries loaded."""
+    """Checks one model; where that ends the process, finds out whether it is eager that does."""
+    entry = _in_a_process(model, options, examine)
+    if entry.pop("died", False):
+        alone = _in_a_process(model, options, run_eager)
+        if alone.get("died"):
+            entry |= {"verdict": "not built", "problems": [f"in eager, without fastres, {alone['problems'][0]}"]}
+    return entry
+
+
+def _in_a_process(
+    model: sweep_models.Model, options: argparse.Namespace, what: Callable[[sweep_models.Model, float], dict[str, Any]]
+) -> dict[str, Any]:
+    """what(model, most parameters) in a process of its own, which has all libraries loaded."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_worker, args=(model, options.parameters * 1e6, send))
+    process = context.Process(target=_worker, args=(what, model, options.parameters * 1e6, send))
     start = time.monotonic()
     process.start()
     send.close()
@@ -110,18 +123,19 @@ def _one(model: sweep_models.Model, options: argparse.Namespace) -> dict[str, An
             entry |= {"verdict": "fail", "problems": [f"took more than {options.seconds:.0f} s"]}
     except EOFError:
         process.join()
-        entry |= {"verdict": "fail", "problems": [f"the process ended with status {process.exitcode}"]}
+        reason = f"the process ended with status {process.exitcode}"
+        entry |= {"verdict": "fail", "problems": [reason], "died": True}
     process.kill()
     process.join()
     return entry | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def _worker(model: sweep_models.Model, most: float, send: Any) -> None:
+def _worker(what: Any, model: sweep_models.Model, most: float, send: Any) -> None:
     torch.manual_seed(0)
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
-    send.send(examine(model, most))
+    send.send(what(model, most))
 
 
 def examine(model: sweep_models.Model, most: float) -> dict[str, Any]:
@@ -151,6 +165,13 @@ def examine(model: sweep_models.Model, most: float) -> dict[str, Any]:
             "parameters": count,
         }
     return {"verdict": "fail" if result.problems else "pass", "side": x.shape[-1], **dataclasses.asdict(result)}
+
+
+def run_eager(model: sweep_models.Model, most: float) -> dict[str, Any]:
+    """The eager part of `examine` alone."""
+    network = model.build()
+    sweep_check.run_eager(network, sample_input(network))
+    return {}
 
 
 def sample_input(network: torch.nn.Module) -> torch.Tensor:

@@ -140,6 +140,15 @@ def check(model: nn.Module, x: Tensor, batches: int = 2) -> Result:
     return result
 
 
+def run_eager(model: nn.Module, x: Tensor) -> None:
+    """What `check` does with the plain model, and nothing else."""
+    _randomise(model)
+    _calibrate(model, x, 2)
+    for mode in MODES:
+        for layout in LAYOUTS:
+            _run_in(model.train(mode == "training"), layout, x, mode == "training")
+
+
 # ------------------------------------------------------------------------------------------------------- the numbers
 
 
