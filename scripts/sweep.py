@@ -157,6 +157,8 @@ def examine(model: sweep_models.Model, most: float) -> dict[str, Any]:
         return {"verdict": "not built", "problems": [_short(error)]}
     try:
         result = sweep_check.check(network, x)
+    except sweep_check.NoOracle as error:
+        return {"verdict": "not built", "problems": [str(error).splitlines()[0][:200]]}
     except Exception as error:
         return {
             "verdict": "fail",
