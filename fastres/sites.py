@@ -60,6 +60,14 @@ def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.
     return reason
 
 
+def unit_blocked(unit: nn.Module, x: Any, reason: str | None) -> str | None:
+    """As `blocked`, for a unit whose steps look at their tensors themselves: only at what does not depend on them. x: a
+    plain tensor, unless there is a reason already."""
+    reason = reason or _context_blocked(x)
+    tell(unit, reason)
+    return reason
+
+
 def chain_of_blocks(
     owner: nn.Module,
     parts: tuple[str, ...] | None,
@@ -325,7 +333,10 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
     """conv(x) + residual, as conv_act."""
-    return conv_act(conv, x, act="identity", residual=residual)
+    y = conv_act(conv, x, act="identity", residual=residual)
+    if residual is None:  # a user's shortcut may return it: eager's TypeError
+        y += residual
+    return y
 
 
 def conv_act(conv: nn.Conv2d, x: Tensor, *, act: str, residual: Tensor | None = None, promote: bool = False) -> Tensor:

@@ -222,7 +222,7 @@ def test_d2_parametrizations(how, late, mode):
         results.append(step(model, x, mode))
         outcomes.append(results)
     for got, want in zip(*outcomes, strict=True):
-        assert_same(got, want)
+        assert_same(got, want, 1e-4)  # a scale in front of a batch norm has no gradient but rounding
 
 
 def test_d2_pruned_for_good_is_fast_again():

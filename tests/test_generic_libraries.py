@@ -117,7 +117,7 @@ MODELS = {
         0.8,
     ),
     "timm_drop": (lambda: timm_resnet(drop_path_rate=0.3, drop_block_rate=0.2), 0.9),
-    "timm_regnet": (lambda: timm_regnet(se_ratio=0.25), 0.9),
+    "timm_regnet": (lambda: timm_regnet(se_ratio=0.25), 0.85),
     "timm_preactivation": (timm_resnetv2, 0.7),
     "timm_frozen": (timm_frozen, 0.9),
     "hf_resnet_basic": (lambda: hugging_face("ResNet", layer_type="basic"), 1.0),

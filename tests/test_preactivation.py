@@ -245,12 +245,12 @@ def test_state_copies_and_undoing(kind: Any) -> None:
 
 
 @blocks
-def test_own_forward_is_left_alone(kind: Any) -> None:
+def test_own_forward_is_traced(kind: Any) -> None:
     class Mine(kind):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    check(one(Mine), image(), "train", path="none")
+    check(one(Mine), image(), "train")
 
 
 @pytest.mark.parametrize("name", ["v2-cifar-a", "plain-cifar"])

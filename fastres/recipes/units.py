@@ -45,7 +45,7 @@ class Unit(FusedModule):
         values: Any = found.arguments(args, kwargs) if isinstance(found, Plan) else found.reason
         reason = values if isinstance(values, str) else None
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
-        if sites.blocked(self, x, reason) is not None:
+        if sites.unit_blocked(self, x, reason) is not None:
             replay.spoil()
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         del args
