@@ -192,7 +192,8 @@ class _Known:
 
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
-_lock = threading.Lock()
+#: Reentrant: a forward that is traced may call a unit that is no child of its module, such as one in a plain list.
+_lock = threading.RLock()
 
 
 def forget(model: nn.Module) -> None:
