@@ -56,14 +56,14 @@ def main() -> int:
     for model in models:
         before = done.get(model.key, {"verdict": "fail"})
         large = before["verdict"] == "too large" and before["parameters"] <= options.parameters * 1e6
-        if before["verdict"] == "fail" or large:
+        if (before["verdict"] == "fail" or large) and not options.table:
             done[model.key] = _one(model, options)
             _append(options.log, done[model.key])
             print(sweep_table.line(done[model.key]), flush=True)
     found = [done[model.key] for model in models if model.key in done]
     sweep_table.show(found, missing)
     if options.write:
-        sweep_table.write(found, missing, ROOT, " ".join(["make sweep", *_arguments()]))
+        sweep_table.write(found, missing, ROOT)
     return int(any(entry["verdict"] == "fail" for entry in found))
 
 
@@ -74,14 +74,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--parameters", type=float, default=30, help="millions a model may have (default 30)")
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one model (default 300)")
     parser.add_argument("--again", action="store_true", help="do not read earlier results")
+    parser.add_argument("--table", action="store_true", help="run nothing: the table of what was run before")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/sweep.json and docs/sweep.md")
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "sweep.jsonl", help="results, line by line")
     return parser.parse_args()
-
-
-def _arguments() -> list[str]:
-    """What was asked for on the command line, as it goes into the table."""
-    return [f'ARGS="{" ".join(sys.argv[1:])}"'] if len(sys.argv) > 1 else []
 
 
 def _load(log: Path) -> dict[str, dict[str, Any]]:

@@ -140,7 +140,7 @@ def check(model: nn.Module, x: Tensor, batches: int = 2) -> Result:
     fused, oracle, tree = copy.deepcopy(plain), copy.deepcopy(plain).double(), _tree(plain)
     _swap(fused, result)
     _in_float64(oracle, fused.double(), x.double(), result)
-    _explain(fused.float(), x, result)
+    _explain(fused.float().train(), x, result)  # train: models drop what they keep for inference, which was float64
     _keep_away_from_kinks(plain)
     _calibrate(plain, x, batches)
     for other in (oracle, fused):
