@@ -20,6 +20,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,14 @@ def main() -> int:
     for model in models:
         before = done.get(model.key, {"verdict": "fail"})
         large = before["verdict"] == "too large" and before["parameters"] <= options.parameters * 1e6
-        if before["verdict"] == "fail" or large:
+        if (before["verdict"] == "fail" or large) and not options.table:
             done[model.key] = _one(model, options)
             _append(options.log, done[model.key])
             print(sweep_table.line(done[model.key]), flush=True)
     found = [done[model.key] for model in models if model.key in done]
     sweep_table.show(found, missing)
     if options.write:
-        sweep_table.write(found, missing, ROOT, " ".join(["make sweep", *_arguments()]))
+        sweep_table.write(found, missing, ROOT)
     return int(any(entry["verdict"] == "fail" for entry in found))
 
 
@@ -73,14 +74,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--parameters", type=float, default=30, help="millions a model may have (default 30)")
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one model (default 300)")
     parser.add_argument("--again", action="store_true", help="do not read earlier results")
+    parser.add_argument("--table", action="store_true", help="run nothing: the table of what was run before")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/sweep.json and docs/sweep.md")
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "sweep.jsonl", help="results, line by line")
     return parser.parse_args()
-
-
-def _arguments() -> list[str]:
-    """What was asked for on the command line, as it goes into the table."""
-    return [f'ARGS="{" ".join(sys.argv[1:])}"'] if len(sys.argv) > 1 else []
 
 
 def _load(log: Path) -> dict[str, dict[str, Any]]:
@@ -95,10 +92,22 @@ def _append(log: Path, entry: dict[str, Any]) -> None:
 
 
 def _one(model: sweep_models.Model, options: argparse.Namespace) -> dict[str, Any]:
-    """Checks one model in a process of its own, which has all libraries loaded."""
+    """Checks one model; where that ends the process, finds out whether it is eager that does."""
+    entry = _in_a_process(model, options, examine)
+    if entry.pop("died", False):
+        alone = _in_a_process(model, options, run_eager)
+        if alone.get("died"):
+            entry |= {"verdict": "not built", "problems": [f"in eager, without fastres, {alone['problems'][0]}"]}
+    return entry
+
+
+def _in_a_process(
+    model: sweep_models.Model, options: argparse.Namespace, what: Callable[[sweep_models.Model, float], dict[str, Any]]
+) -> dict[str, Any]:
+    """what(model, most parameters) in a process of its own, which has all libraries loaded."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_worker, args=(model, options.parameters * 1e6, send))
+    process = context.Process(target=_worker, args=(what, model, options.parameters * 1e6, send))
     start = time.monotonic()
     process.start()
     send.close()
@@ -110,18 +119,19 @@ def _one(model: sweep_models.Model, options: argparse.Namespace) -> dict[str, An
             entry |= {"verdict": "fail", "problems": [f"took more than {options.seconds:.0f} s"]}
     except EOFError:
         process.join()
-        entry |= {"verdict": "fail", "problems": [f"the process ended with status {process.exitcode}"]}
+        reason = f"the process ended with status {process.exitcode}"
+        entry |= {"verdict": "fail", "problems": [reason], "died": True}
     process.kill()
     process.join()
     return entry | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def _worker(model: sweep_models.Model, most: float, send: Any) -> None:
+def _worker(what: Any, model: sweep_models.Model, most: float, send: Any) -> None:
     torch.manual_seed(0)
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
-    send.send(examine(model, most))
+    send.send(what(model, most))
 
 
 def examine(model: sweep_models.Model, most: float) -> dict[str, Any]:
@@ -143,6 +153,8 @@ def examine(model: sweep_models.Model, most: float) -> dict[str, Any]:
         return {"verdict": "not built", "problems": [_short(error)]}
     try:
         result = sweep_check.check(network, x)
+    except sweep_check.NoOracle as error:
+        return {"verdict": "not built", "problems": [str(error).splitlines()[0][:200]]}
     except Exception as error:
         return {
             "verdict": "fail",
@@ -151,6 +163,13 @@ def examine(model: sweep_models.Model, most: float) -> dict[str, Any]:
             "parameters": count,
         }
     return {"verdict": "fail" if result.problems else "pass", "side": x.shape[-1], **dataclasses.asdict(result)}
+
+
+def run_eager(model: sweep_models.Model, most: float) -> dict[str, Any]:
+    """The eager part of `examine` alone."""
+    network = model.build()
+    sweep_check.run_eager(network, sample_input(network))
+    return {}
 
 
 def sample_input(network: torch.nn.Module) -> torch.Tensor:

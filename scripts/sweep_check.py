@@ -71,11 +71,12 @@ class Result:
         median and the largest, and over both layouts (`witnesses`): they may differ by more than twice in eager."""
         pairs: dict[str, list[tuple[float, float, str]]] = {}
         eager = witnesses[0] if witnesses else truth
+        largest = max((float(t.norm()) for (kind, _), t in truth.items() if kind == "gradient"), default=0.0)
         for key in [*eager, *(key for key in fused if key not in eager)]:
             if key not in fused or key not in eager or fused[key].dtype is not eager[key].dtype:
                 self.problems.append(f"{what}: {' '.join(key)} is in one of eager and fused only, or of another dtype")
                 continue
-            kind, size = key[0], _scale(key, truth)
+            kind, size = key[0], _scale(key, truth) * _smallness(key, truth, largest)
             error, *errors = (_error(kind, found[key], truth[key]) * size for found in (fused, *witnesses))
             pairs.setdefault(kind, []).append((max(errors, default=0.0), error, key[1]))
         for kind, found in pairs.items():
@@ -87,6 +88,13 @@ class Result:
                     self.problems.append(f"{group} {name}: error {fused_error:.1e}, eager's {eager_error:.1e}")
                 if group not in self.errors or not share <= self.errors[group][0]:
                     self.errors[group] = (share, eager_error, fused_error)
+
+
+def _smallness(key: tuple[str, str], truth: Outcome, largest: float) -> float:
+    """What an error relative to the tensor itself is multiplied by: not 1 for a gradient whose terms cancel, as that of
+    the bias of keys in attention, so that what there is of it is rounding. Measured by the largest of all gradients."""
+    own = float(truth[key].norm()) if key[0] == "gradient" and key in truth else largest
+    return (own or 1.0) / largest if own < 1e-6 * largest else 1.0
 
 
 def _median(found: list[tuple[float, float, str]]) -> tuple[float, float]:
@@ -108,6 +116,10 @@ def _limit(what: str, kind: str, eager_error: float, exact: bool) -> float:
     return budget(eager_error, torch.float32, summed=kind != "buffer", winograd=winograd)
 
 
+class NoOracle(Exception):
+    """The plain model does not run in float64."""
+
+
 def check(model: nn.Module, x: Tensor, batches: int = 2) -> Result:
     """Fuses a copy of `model`, whose weights are changed, and compares both.
 
@@ -115,7 +127,10 @@ def check(model: nn.Module, x: Tensor, batches: int = 2) -> Result:
         x: an input of the model, [N, 3, H, W] float32. batches: how many like it its batch norms get to know.
 
     Returns:
-        A Result; a model that does not run in eager raises what eager raises.
+        A Result.
+
+    Raises:
+        NoOracle: if the plain model does not run in float64.
     """
     result = Result(parameters=sum(p.numel() for p in model.parameters()))
     x = _laid_out(x, "channels_last")
@@ -125,7 +140,7 @@ def check(model: nn.Module, x: Tensor, batches: int = 2) -> Result:
     fused, oracle, tree = copy.deepcopy(plain), copy.deepcopy(plain).double(), _tree(plain)
     _swap(fused, result)
     _in_float64(oracle, fused.double(), x.double(), result)
-    _explain(fused.float(), x, result)
+    _explain(fused.float().train(), x, result)  # train: models drop what they keep for inference, which was float64
     _keep_away_from_kinks(plain)
     _calibrate(plain, x, batches)
     for other in (oracle, fused):
@@ -140,13 +155,25 @@ def check(model: nn.Module, x: Tensor, batches: int = 2) -> Result:
     return result
 
 
+def run_eager(model: nn.Module, x: Tensor) -> None:
+    """What `check` does with the plain model, and nothing else."""
+    _randomise(model)
+    _calibrate(model, x, 2)
+    for mode in MODES:
+        for layout in LAYOUTS:
+            _run_in(model.train(mode == "training"), layout, x, mode == "training")
+
+
 # ------------------------------------------------------------------------------------------------------- the numbers
 
 
 def _in_float64(oracle: nn.Module, fused: nn.Module, x: Tensor, result: Result) -> None:
     for mode in MODES:
         training, call = mode == "training", Call((x,), {})
-        truth = _run(oracle.train(training), call, training)
+        try:
+            truth = _run(oracle.train(training), call, training)
+        except Exception as error:  # whatever the model raises is the reason
+            raise NoOracle(f"the plain model does not run in float64: {type(error).__name__}: {error}") from error
         result.compare(f"{mode} float64", truth, [], _run(fused.train(training), call, training), True)
 
 

@@ -60,10 +60,10 @@ def show(found: list[Entry], missing: list[str]) -> None:
         console.print(text, markup=False, highlight=False)
 
 
-def write(found: list[Entry], missing: list[str], root: Path, command: str) -> None:
+def write(found: list[Entry], missing: list[str], root: Path) -> None:
     """benchmarks/results/sweep.json and docs/sweep.md."""
     versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-    about = {"command": command, "date": date.today().isoformat(), "versions": versions, "missing": missing}
+    about = {"command": "make sweep", "date": date.today().isoformat(), "versions": versions, "missing": missing}
     kept = [{key: value for key, value in entry.items() if key != "traceback"} for entry in found]
     lines = ",\n".join(json.dumps(entry | {"errors": _short(entry)}, separators=(",", ":")) for entry in kept)
     path = root / "benchmarks" / "results" / "sweep.json"

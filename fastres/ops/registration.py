@@ -46,7 +46,7 @@ def differentiable(
 
     eager_backward: of eager training, where it is not `backward`: what it calls need not be traceable."""
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
-    eager = _function(op, lambda *args: op(*args), setup_context, eager_backward or backward)
+    eager = _function(op, lambda *args: _no_view(op(*args)), setup_context, eager_backward or backward)
 
     def call(*args: Any, then: Then = None) -> Any:
         if _records(args):
@@ -83,7 +83,7 @@ def forked(
     gradient of that one too, as its last argument, and has to add it to that of the argument."""
     eager = _function(
         op,
-        lambda *args: (*op(*args), args[0].view_as(args[0])),
+        lambda *args: (*_no_view(op(*args)), args[0].view_as(args[0])),
         lambda ctx, inputs, output: setup_context(ctx, inputs, output[:-1]),
         backward,
     )
@@ -122,6 +122,14 @@ def _function(
         (torch.autograd.Function,),
         {name: staticmethod(method) for name, method in methods.items()},
     )
+
+
+def _no_view(results: Any) -> Any:
+    """What an op returned, so that the next operation may write to it in place: autograd refuses that for views made
+    inside a Function, as kernels do that permute their result. Detached inside of it they are none."""
+    if isinstance(results, Tensor):
+        return results.detach() if results._is_view() else results
+    return tuple(_no_view(t) if isinstance(t, Tensor) else t for t in results)
 
 
 def _records(args: tuple[Any, ...]) -> bool:

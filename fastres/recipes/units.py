@@ -167,7 +167,8 @@ class Plan:
                 return "called without an argument"
             for name, value in given.items():
                 if name not in names and value is not self.traced.defaults.get(name, _new):
-                    return f"called with {name}={value!r}"[:80]
+                    shown = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+                    return f"called with {name}={shown}"[:80]
             args = tuple(given[name] for name in names)
         for name, value in zip(names, args, strict=True):
             if type(value) is not Tensor and type(value) is not nn.Parameter:
@@ -193,7 +194,8 @@ class _Known:
 
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
-_lock = threading.Lock()
+#: Reentrant: a forward that is traced may call a unit that is no child of its module, such as one in a plain list.
+_lock = threading.RLock()
 
 
 def forget(model: nn.Module) -> None:
