@@ -44,11 +44,11 @@ FORBIDDEN = {
     "tar.extractall": {},
     "archive.extractall": {},
     "importlib.import_module": {
+        "factory.py": "a model that the user names on the command line, in pytest.ini or in a call",
         "kernels/extension.py": "our own binaries, by constant names",
         "kernels/triton/__init__.py": "our own modules, by constant names",
         "recipes/__init__.py": "our own modules, by constant names",
         "bench/table.py": "the engines to compare with, by constant names",
-        "bench/task.py": "a model that the user names on the command line",
         "bench/worker.py": "the engines to compare with, by constant names",
         "train/network.py": "--model package.module:callable, which the user has typed (check_named)",
     },

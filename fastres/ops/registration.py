@@ -68,7 +68,7 @@ def variant(
     op: Any, call: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
     """`call`, the differentiable op, which in eager training saves something else."""
-    eager = _function(op, lambda *args: op(*args), setup_context, backward)
+    eager = _function(op, lambda *args: _no_view(op(*args)), setup_context, backward)
 
     def call_variant(*args: Any, then: Then = None) -> Any:
         return apply(op, eager, args, then) if _records(args) else call(*args, then=then)
