@@ -27,11 +27,11 @@ from _compare import (
     step,
     watched,
 )
-from fastres.bench.saved import SavedTensors
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastres
+from fastres.saved import SavedTensors
 
 ROOT = Path(fastres.__file__).resolve().parents[1]
 
