@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastres import batch_norm, folding, forms, managed, replay, sites, switches
+from fastres import batch_norm, folding, forms, guard, managed, replay, switches
 from fastres.reasons import because, code_of
 from fastres.recipes import fused_class, norms, trace, units
 from fastres.recipes.operations import ACTIVATIONS
@@ -234,8 +234,8 @@ def _unlike_recipe(module: nn.Module, new: Any) -> str | None:
     if missing:
         return because("missing-child", f"no child module {missing[0]}")
     # What may go again, such as a hook, is for the guard at call time.
-    lasting = {role: child for role, child in children.items() if sites.child_changed(role, child) is None}
-    return next(filter(None, (sites.child_blocked(role, child) for role, child in lasting.items())), None)
+    lasting = {role: child for role, child in children.items() if guard.child_changed(role, child) is None}
+    return next(filter(None, (guard.child_blocked(role, child) for role, child in lasting.items())), None)
 
 
 def _taken_over(block: nn.Module, new: Any) -> dict[str, Any]:
@@ -255,13 +255,13 @@ def _claim(
     """Notes the rows of the children that a block's fused forward takes over."""
     prefix = f"{name}." if name else ""
     children = {child: module for child, module in _taken_over(block, new).items() if module is not None}
-    main = reason or next(filter(None, (sites.child_blocked(role, child) for role, child in children.items())), None)
+    main = reason or next(filter(None, (guard.child_blocked(role, child) for role, child in children.items())), None)
     for role, child in children.items():
         row = Row(f"{prefix}{role}", kind_of(child) or "act", main is None, main or "", note=batch_norm.note(child))
         claimed[child] = (row, block)
     downsample = getattr(block, "downsample", None)
     if type(downsample) is nn.Sequential and len(downsample) == 2 and kind_of(downsample[0]) == "conv":
-        why = reason or next(filter(None, map(sites.child_blocked, ("conv", "bn"), downsample)), None)
+        why = reason or next(filter(None, map(guard.child_blocked, ("conv", "bn"), downsample)), None)
         for i, child in enumerate(downsample):
             path, note = f"{prefix}downsample.{i}", batch_norm.note(child)
             row = Row(path, kind_of(child) or "act", why is None, why or "", note=note)

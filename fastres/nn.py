@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres import arguments, functional, layout, observe, reasons, sites
+from fastres import arguments, functional, guard, layout, observe, reasons, sites
 from fastres.batch_norm import SyncBatchNorm, convert_sync_batchnorm
 from fastres.error_notes import named
 
@@ -36,7 +36,7 @@ class ConvBnAct2d(nn.Module):
 
     @named
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if sites.blocked(self, x, conv=self.conv, bn=self.bn) is None:
+        if guard.blocked(self, x, conv=self.conv, bn=self.bn) is None:
             return sites.conv_bn_act(self.conv, self.bn, x, act=self.act, residual=residual)
         y = self.bn(self.conv(x))
         if residual is not None:
@@ -57,7 +57,7 @@ class BnAct2d(nn.Module):
 
     @named
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if sites.blocked(self, x, bn=self.bn) is None:
+        if guard.blocked(self, x, bn=self.bn) is None:
             return sites.bn_act(self.bn, x, act=self.act, residual=residual)
         y = self.bn(x)
         if residual is not None:
@@ -81,7 +81,7 @@ class AddAct(nn.Module):
         same = isinstance(residual, Tensor) and x.shape == residual.shape and x.dtype is residual.dtype
         fits = same and layout.dense(x) is x
         reason = None if fits else reasons.because("shape", "the inputs differ in shape or dtype, or have gaps")
-        if sites.blocked(self, x, reason) is None:
+        if guard.blocked(self, x, reason) is None:
             observe.stand_for(self)
             return functional.add_act(x, residual, act=self.act)
         return _activate(x + residual, self.act)

@@ -26,6 +26,7 @@ LAYERS = (
     ("functional",),
     ("replay", "batch_norm", "managed", "switches"),
     ("folding",),
+    ("guard",),
     ("graphs", "report", "sites", "saved", "decisions"),
     ("nn", "recipes", "models", "factory", "fuse", "explain", "summary", "images", "testing", "aside", "forms"),
     ("verify", "bench", "doctor", "train", "tune", "canary"),

@@ -14,7 +14,7 @@ from _compare import (
 from torch import nn
 
 import fastres
-from fastres import fuse, recipes, sites
+from fastres import fuse, guard, recipes
 from fastres.nn import ConvBnAct2d
 
 
@@ -110,7 +110,7 @@ def test_fuse_that_is_interrupted(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sites, "child_blocked", interrupt)
+        patch.setattr(guard, "child_blocked", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fastres.fuse_(model)
     assert_untouched(model, before)

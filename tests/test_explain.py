@@ -19,7 +19,7 @@ from _compare import block, image, network, some_kernels
 from torch import Tensor, nn
 
 import fastres
-from fastres import reasons, sites
+from fastres import guard, reasons
 from fastres.explain import ExplainReport
 from fastres.kernels import extension
 from fastres.report import Row
@@ -253,7 +253,7 @@ def test_reasons_of_inputs_that_eager_refuses(change: Callable[[Tensor], Any], c
     if code == "batch-norm":
         one.bn1.running_var = None
     with nullcontext() if code == "no-kernel" else fastres.use_kernels("reference"):
-        reason = sites.blocked(one, change(image()), conv1=one.conv1, bn1=one.bn1)
+        reason = guard.blocked(one, change(image()), conv1=one.conv1, bn1=one.bn1)
     assert reason is not None and reasons.code_of(reason) == code
 
 
@@ -261,7 +261,7 @@ def test_reasons_inside_transforms() -> None:
     one, found = block(), []
 
     def note(x: Tensor) -> Tensor:
-        found.append(reasons.code_of(sites.blocked(one, x) or ""))
+        found.append(reasons.code_of(guard.blocked(one, x) or ""))
         return x
 
     torch.func.vmap(note)(image()[None])

@@ -202,12 +202,11 @@ def test_archives_are_bounded_and_write_nothing(tmp_path, monkeypatch):
     archive(path, [("unrelated", bytes(3 << 20))])
     with pytest.raises(UserError, match=r"more than 1 MB in it"):
         cifar.read(folder, cifar.KINDS["cifar10"])
-    archive(
-        path, [("../../outside", b"x"), ("/tmp/outside-fastres", b"x"), ("cifar-10-batches-bin/test_batch.bin", b"x")]
-    )
+    outside = tmp_path / "outside"
+    archive(path, [("../outside", b"x"), (str(outside), b"x"), ("cifar-10-batches-bin/test_batch.bin", b"x")])
     with pytest.raises(UserError, match="corrupt or incomplete"):
         cifar.read(folder, cifar.KINDS["cifar10"])
-    assert [p.name for p in tmp_path.rglob("*")] == ["in", path.name] and not Path("/tmp/outside-fastres").exists()
+    assert [p.name for p in tmp_path.rglob("*")] == ["in", path.name]
 
 
 def test_pickle_that_asks_for_a_table_of_gigabytes():

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres import batch_norm, sites
+from fastres import batch_norm, guard
 
 _BUFFERS = ["weight", "bias", "running_mean", "running_var"]
 #: What timm's BatchNormAct2d.forward uses; a version of timm in which it is another is left alone.
@@ -47,8 +47,8 @@ def known(module: nn.Module) -> Norm | str:
     """The batch norm that `module` is, or why fused code may not stand for it."""
     kind = type(module)
     if kind in batch_norm.FORWARDS:
-        return sites.child_blocked("bn", module) or Norm(module, module, (), module)
-    if reason := sites.child_changed(kind.__name__, module):
+        return guard.child_blocked("bn", module) or Norm(module, module, (), module)
+    if reason := guard.child_changed(kind.__name__, module):
         return reason
     if _is_norm_act(kind):
         return Norm(module, module, ("drop", "act"), lambda x: nn.BatchNorm2d.forward(module, x))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fastres import sites
+from fastres import guard
 from fastres.recipes import norms
 
 Node = fx.Node
@@ -84,7 +84,7 @@ def _call(node: Node, module: nn.Module) -> Operation:
     found = Operation(node, "other", module, writes=not kind.__module__.startswith("torch.nn.modules."))
     if bool(getattr(module, "inplace", False)):
         found.writes = True
-    changed = sites.child_changed(str(node.target), module)
+    changed = guard.child_changed(str(node.target), module)
     plain = len(node.args) == 1 and isinstance(node.args[0], Node) and not node.kwargs
     if isinstance(module, nn.modules.conv._ConvNd):
         found.kind, found.reason, found.writes = "conv", _why_not_convolution(module) or "", False
@@ -97,9 +97,9 @@ def _call(node: Node, module: nn.Module) -> Operation:
         found.kind = "act"
         found.reason = f"{kind.__name__}: of the activations only ReLU is fused"
         if kind is nn.ReLU:
-            found.reason = sites.child_blocked("relu", module) or ""
+            found.reason = guard.child_blocked("relu", module) or ""
     elif isinstance(module, nn.modules.pooling._MaxPoolNd):
-        found.kind, found.reason = "pool", sites.child_blocked("maxpool", module) or ""
+        found.kind, found.reason = "pool", guard.child_blocked("maxpool", module) or ""
     elif kind in _PASSES and kind.forward is _PASSES[kind] and changed is None:
         inactive = kind is nn.Identity or not module.training or module.p == 0
         found.kind = "skip" if inactive else "other"
@@ -114,10 +114,10 @@ def _why_not_convolution(module: Any) -> str | None:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"a {kind.__name__}, whose parameters do not exist yet"
     if kind is nn.Conv2d or kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
-        return sites.child_blocked("conv", module)
+        return guard.child_blocked("conv", module)
     if hasattr(kind, "weight") or "weight" not in module._parameters:
         return "parametrized: its weight is computed where it is read"
-    return sites.child_changed("conv", module) or sites.padding_blocked(module)
+    return guard.child_changed("conv", module) or guard.padding_blocked(module)
 
 
 def _function(node: Node, modules: dict[str, nn.Module]) -> Operation:
@@ -143,7 +143,7 @@ def _function(node: Node, modules: dict[str, nn.Module]) -> Operation:
     elif not method and target in _CONVOLUTIONS and tensor:
         found.module = _module_of_conv2d(args, kwargs, modules)
         if found.module is not None:
-            found.kind, found.reason = "conv", sites.padding_blocked(found.module) or ""
+            found.kind, found.reason = "conv", guard.padding_blocked(found.module) or ""
     elif method and name == "contiguous" and len(args) == 1 and not kwargs:
         found.writes = False
     return found

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastres import reasons, sites
+from fastres import guard, reasons, sites
 from fastres.models.blocks import ZeroPadShortcut
 from fastres.recipes.residual import CifarForward, FusedModule, StemForward, children_of, contains, shortcut_of
 
@@ -26,7 +26,7 @@ def _blocked(block: Any, x: Tensor, children: dict[str, Any]) -> bool:
     # Eager computes the shortcut last, fused code before the last convolution: that shows if it shares a child.
     shared = contains(block.downsample, children.values())
     reason = reasons.because("shared-module", "module shared with the shortcut") if shared else None
-    return sites.blocked(block, x, reason, **children) is not None
+    return guard.blocked(block, x, reason, **children) is not None
 
 
 def _first(block: Any, bn1: Any, conv1: Any, bn2: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class BatchNormReLUForward(FusedModule):
     adds = False
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if sites.blocked(self, x, bn=self.bn, relu=self.relu) is not None:
+        if guard.blocked(self, x, bn=self.bn, relu=self.relu) is not None:
             return super().forward(x)  # type: ignore[misc]
         return sites.bn_act(self.bn, x, act="relu")
 

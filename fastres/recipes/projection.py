@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import arguments, batch_norm, folding, functional, observe, sites
+from fastres import arguments, batch_norm, folding, functional, guard, observe, sites
 from fastres.batch_norm import FORWARDS, BatchNorm
 from fastres.kernels import table
 
@@ -38,7 +38,7 @@ def of(block: Any, x: Tensor) -> Projection | None:
     hooked = downsample._forward_hooks or downsample._forward_pre_hooks
     hooked = hooked or downsample._backward_hooks or downsample._backward_pre_hooks
     plain = type(conv) is nn.Conv2d and type(bn) in FORWARDS and not hooked
-    return (conv, bn) if plain and sites.blocked(downsample, x, conv=conv, bn=bn) is None else None
+    return (conv, bn) if plain and guard.blocked(downsample, x, conv=conv, bn=bn) is None else None
 
 
 def join(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastres import error_notes, reasons, sites, switches
+from fastres import error_notes, guard, reasons, sites, switches
 from fastres.batch_norm import BatchNorm
 from fastres.models.blocks import ZeroPadShortcut
 from fastres.recipes import projection
@@ -108,7 +108,7 @@ def _blocked(block: Any, x: Tensor, **children: nn.Module) -> bool:
     # The shortcut is computed first here and last in eager, which shows if both use one batch norm.
     shared = contains(block.downsample, [*children.values()][-1:])
     reason = reasons.because("shared-module", "batch norm shared with the shortcut") if shared else None
-    return sites.blocked(block, x, reason, **children) is not None
+    return guard.blocked(block, x, reason, **children) is not None
 
 
 class BasicBlockForward(FusedModule):
@@ -153,7 +153,7 @@ class PlainBasicBlockForward(FusedModule):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         children = children_of(self)
-        if sites.blocked(self, x, **children) is not None:
+        if guard.blocked(self, x, **children) is not None:
             return super().forward(x)  # type: ignore[misc]
         conv1, bn1, _, conv2, bn2 = children.values()
         y = sites.conv_bn_act(conv1, bn1, x, act="relu", recompute=True)
@@ -169,7 +169,7 @@ class PlainBottleneckForward(FusedModule):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         children = children_of(self)
-        if sites.blocked(self, x, **children) is not None:
+        if guard.blocked(self, x, **children) is not None:
             return super().forward(x)  # type: ignore[misc]
         conv1, bn1, _, conv2, bn2, conv3, bn3 = children.values()
         y = sites.conv_bn_act(conv1, bn1, x, act="relu", recompute=True)
@@ -206,14 +206,14 @@ class StemForward(FusedModule):
 
     def _stem(self: Any, x: Tensor) -> Tensor:
         conv, bn, relu, maxpool = self.conv1, self.bn1, self.relu, self.maxpool
-        if switches.reason(self, x) and sites.blocked(self, x):
+        if switches.reason(self, x) and guard.blocked(self, x):
             return maxpool(relu(bn(conv(x))))
         y = sites.stem(self, x, conv, bn, relu, maxpool)
         if y is not None:
             return y
         # The input's dtype may be changed by conv1 (autocast): what counts is what batch norm gets.
         x = sites.convolution(conv, x)
-        if sites.blocked(self, x, bn1=bn, relu=relu, maxpool=maxpool) is None:
+        if guard.blocked(self, x, bn1=bn, relu=relu, maxpool=maxpool) is None:
             return sites.bn_act_maxpool(bn, maxpool, x, act="relu")
         return maxpool(relu(bn(x)))
 
@@ -242,6 +242,6 @@ class CifarForward(StemForward):
 
     def _stem(self: Any, x: Tensor) -> Tensor:
         conv, bn, relu = self.conv1, self.bn1, self.relu
-        if sites.blocked(self, x, conv=conv, bn=bn, relu=relu) is None:
+        if guard.blocked(self, x, conv=conv, bn=bn, relu=relu) is None:
             return sites.conv_bn_act(conv, bn, x, act="relu")
         return relu(bn(conv(x)))

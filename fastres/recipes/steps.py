@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import replay, sites
+from fastres import guard, replay, sites
 from fastres.recipes import projection
 from fastres.recipes.operations import Node, Operation
 from fastres.recipes.patterns import Group, Matched
@@ -144,7 +144,9 @@ def _argument(a: Any, slots: dict[Node, int]) -> Step:
 
 
 def _fused(group: Group, slots: dict[Node, int], calls: list[Step]) -> Step:
-    return (_Fused if group.conv is not None or group.norm is not None else _AddAct)(group, slots, calls)
+    if group.conv is None and group.norm is None:
+        return _AddAct(group, slots, calls)
+    return _Fused(group, slots, calls)
 
 
 class _Group:
@@ -163,7 +165,7 @@ class _Group:
 
     def one_by_one(self, values: Values, reason: str) -> Any:
         for module in self.modules:
-            sites.tell(module, reason)
+            guard.tell(module, reason)
         replay.spoil()
         for call, slot in self.calls:
             values[slot] = call(values)
@@ -172,9 +174,6 @@ class _Group:
             values[slot] = None
         return result
 
-    def __call__(self, values: Values) -> Any:
-        raise NotImplementedError
-
 
 class _Fused(_Group):
     """Around a convolution or a batch norm."""
@@ -182,7 +181,7 @@ class _Fused(_Group):
     def __call__(self, values: Values) -> Any:
         x = values[self.x]
         conv, norm = self.conv, self.stands
-        if reason := sites.step_blocked(x, conv, norm):
+        if reason := guard.step_blocked(x, conv, norm):
             return self.one_by_one(values, reason)
         if self.residual is not None:
             residual = values[self.residual]
@@ -220,8 +219,8 @@ class _Fused(_Group):
             return y
         y = sites.conv_act(self.conv, x, act="identity")
         # The convolution may change the dtype (autocast): what counts is what batch norm gets.
-        if reason := sites.step_blocked(y, None, self.stands):
-            sites.tell(self.modules[-1], reason)
+        if reason := guard.step_blocked(y, None, self.stands):
+            guard.tell(self.modules[-1], reason)
             replay.spoil()
             (_, slot), *rest = self.calls
             values[slot] = y
@@ -241,7 +240,7 @@ class _Joined:
     def __call__(self, values: Values) -> Any:
         main, other = self.main, self.shortcut
         y, x = values[main.x], values[other.x]
-        if not sites.step_blocked(y, main.conv, main.stands) and not sites.step_blocked(x, other.conv, other.stands):
+        if not guard.step_blocked(y, main.conv, main.stands) and not guard.step_blocked(x, other.conv, other.stands):
             joined = projection.join(main.conv, main.stands, y, other.conv, other.stands, x)
             if joined is not None:
                 return joined
@@ -257,6 +256,6 @@ class _AddAct(_Group):
 
     def __call__(self, values: Values) -> Any:
         x, residual = values[self.x], values[self.residual]  # type: ignore[index]
-        if reason := sites.add_blocked(x, residual):
+        if reason := guard.add_blocked(x, residual):
             return self.one_by_one(values, reason)
         return sites.add_act(x, residual, act=self.act)

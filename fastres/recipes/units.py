@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres import batch_norm, replay, sites
+from fastres import batch_norm, guard, replay, sites
 from fastres.kernels import extension
 from fastres.reasons import because
 from fastres.recipes import fused_class, norms, source, trace
@@ -47,7 +47,7 @@ class Unit(FusedModule):
         values: Any = found.arguments(args, kwargs) if isinstance(found, Plan) else found.reason
         reason = values if isinstance(values, str) else None
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
-        if sites.unit_blocked(self, x, reason) is not None:
+        if guard.unit_blocked(self, x, reason) is not None:
             replay.spoil()
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         del args
