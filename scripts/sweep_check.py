@@ -134,7 +134,7 @@ def check(model: nn.Module, x: Tensor, batches: int = 2) -> Result:
     """
     result = Result(parameters=sum(p.numel() for p in model.parameters()))
     x = _laid_out(x, "channels_last")
-    plain = model.to(memory_format=torch.channels_last)
+    plain = _in_layout(model, "channels_last")
     _randomise(plain)
     _calibrate(plain, x, batches)
     fused, oracle, tree = copy.deepcopy(plain), copy.deepcopy(plain).double(), _tree(plain)
@@ -196,8 +196,15 @@ def _in_float32(
 
 def _run_in(model: nn.Module, layout: str, x: Tensor, gradients: bool) -> Outcome:
     """The outcome of a model whose weights and input are laid out so."""
-    model.to(memory_format=LAYOUTS[layout])
-    return _run(model, Call((_laid_out(x, layout),), {}), gradients)
+    return _run(_in_layout(model, layout), Call((_laid_out(x, layout),), {}), gradients)
+
+
+def _in_layout(model: nn.Module, layout: str) -> nn.Module:
+    """model.to(memory_format=...), which refuses models with weights of five dimensions."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = _laid_out(parameter.data, layout)
+    return model
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
