@@ -63,7 +63,7 @@ def main() -> int:
     found = [done[model.key] for model in models if model.key in done]
     sweep_table.show(found, missing)
     if options.write:
-        sweep_table.write(found, missing, ROOT)
+        sweep_table.write(found, missing, ROOT, len(models))
     return int(any(entry["verdict"] == "fail" for entry in found))
 
 

@@ -60,10 +60,16 @@ def show(found: list[Entry], missing: list[str]) -> None:
         console.print(text, markup=False, highlight=False)
 
 
-def write(found: list[Entry], missing: list[str], root: Path) -> None:
-    """benchmarks/results/sweep.json and docs/sweep.md."""
+def write(found: list[Entry], missing: list[str], root: Path, listed: int) -> None:
+    """benchmarks/results/sweep.json and docs/sweep.md. listed: how many models could have been run."""
     versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-    about = {"command": "make sweep", "date": date.today().isoformat(), "versions": versions, "missing": missing}
+    about = {
+        "command": "make sweep",
+        "date": date.today().isoformat(),
+        "versions": versions,
+        "listed": listed,
+        "missing": missing,
+    }
     kept = [{key: value for key, value in entry.items() if key != "traceback"} for entry in found]
     lines = ",\n".join(json.dumps(entry | {"errors": _short(entry)}, separators=(",", ":")) for entry in kept)
     path = root / "benchmarks" / "results" / "sweep.json"
@@ -78,7 +84,9 @@ MARK = "<!-- what follows is written by scripts/sweep.py --write -->\n"
 
 def _markdown(found: list[Entry], about: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value)
-    lines = [f"\n{about['date']}, {versions}; `{about['command']}`: {counts(found)}.\n"]
+    lines = [
+        f"\n{about['date']}, {versions}; `{about['command']}`, {len(found)} of {about['listed']} models: {counts(found)}.\n"
+    ]
     lines += [f"- {text}" for text in (*_summary(found), *about["missing"])]
     for library in dict.fromkeys(entry["library"] for entry in found):
         rows = [entry for entry in found if entry["library"] == library and "total" in entry]
