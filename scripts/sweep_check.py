@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
-from fastres import config, sites
+from fastres import config, observe
 from fastres.kernels import extension
 from fastres.testing import LAYOUTS, budget
 from fastres.verify.compare import _error, _scale
@@ -186,7 +186,7 @@ def _in_float32(oracle: nn.Module, plain: nn.Module, fused: nn.Module, x: Tensor
         eager = [_run_in(plain.train(training), layout, x, training) for layout in LAYOUTS]
         reasons: dict[nn.Module, str | None] = {}
         for layout in LAYOUTS:
-            with sites.listening(reasons.__setitem__) if training else nullcontext():  # a listener rules replays out
+            with observe.listening(reasons.__setitem__) if training else nullcontext():  # a listener rules replays out
                 got = _run_in(fused.train(training), layout, x, training)
             result.compare(f"{mode} {layout}", truth, eager, got, False)
         result.in_training += Counter(reason for reason in reasons.values() if reason).most_common()
