@@ -84,9 +84,8 @@ MARK = "<!-- what follows is written by scripts/sweep.py --write -->\n"
 
 def _markdown(found: list[Entry], about: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items() if value)
-    lines = [
-        f"\n{about['date']}, {versions}; `{about['command']}`, {len(found)} of {about['listed']} models: {counts(found)}.\n"
-    ]
+    run = f"`{about['command']}`, {len(found)} of {about['listed']} models"
+    lines = [f"\n{about['date']}, {versions}; {run}: {counts(found)}.\n"]
     lines += [f"- {text}" for text in (*_summary(found), *about["missing"])]
     for library in dict.fromkeys(entry["library"] for entry in found):
         rows = [entry for entry in found if entry["library"] == library and "total" in entry]
