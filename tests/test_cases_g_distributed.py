@@ -98,11 +98,11 @@ def test_g2_sharded_parameters(process_group, shard):
 @distributed
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_g2_swap_after_fully_shard(process_group):
-    """fully_shard has put a class of its own there: the block is left alone, and the report says so."""
+    """The block is left alone, and the report says so."""
     model = block()
     fully_sharded(model)
     report = fastres.fuse_(model)
-    assert report.fused == 0 and all("FSDPBottleneck" in row.reason for row in report.rows)
+    assert report.fused == 0 and all("FSDP manages" in row.reason for row in report.rows)
 
 
 def replica_of(model):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy, Scope, TracerBase
 from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastres.recipes import source
 from fastres.recipes.residual import FusedModule
@@ -353,9 +354,10 @@ def _random_state() -> list[Any]:
 
 def _random_state_changed(before: list[Any]) -> bool:
     """Whether random numbers were drawn; puts the state back if so."""
-    changed = not torch.equal(torch.get_rng_state(), before[0])
-    if changed:
-        torch.set_rng_state(before[0])
+    with _disable_current_modes():  # FakeTensorMode takes no tensor that is not of its own
+        changed = not torch.equal(torch.get_rng_state(), before[0])
+        if changed:
+            torch.set_rng_state(before[0])
     if random.getstate() != before[1]:
         random.setstate(before[1])
         changed = True
