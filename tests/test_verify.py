@@ -215,7 +215,7 @@ def test_statistics_that_change_in_eval_mode_are_found(monkeypatch: pytest.Monke
 def test_a_missing_gradient_and_another_dtype_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sites, "conv_bn_act", wrong_in_layer2(lambda y: y.detach()))
     certificate = verify(network(), images(), mode="train")
-    assert any("layer2.0 conv2.weight (gradient): fused gives None" in problem for problem in certificate.problems)
+    assert any("layer2.0: conv2.weight (gradient): fused gives None" in problem for problem in certificate.problems)
     monkeypatch.undo()
     monkeypatch.setattr(sites, "conv_bn_act", wrong_in_layer2(Tensor.double))
     assert not verify(network(), images()).ok
