@@ -9,7 +9,8 @@ from torch import nn
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
-_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: The attributes of a module that hold its hooks.
+KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def harmless(hook: Hook) -> Hook:
@@ -22,5 +23,5 @@ def hooked(module: nn.Module) -> bool:
     """Whether a call of `module` does more than its forward: hooks are on it, other than harmless ones of ours."""
     if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
         return False
-    found = (hook for kind in _KINDS for hook in getattr(module, kind).values())
+    found = (hook for kind in KINDS for hook in getattr(module, kind).values())
     return any(not getattr(hook, "looks_at_nothing", False) for hook in found)

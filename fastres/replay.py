@@ -42,7 +42,6 @@ _PLAIN: dict[type[nn.Module], Any] = batch_norm.FORWARDS | {
     )
 }
 _CALL = nn.Module.__call__
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _END = object()
 
 
@@ -124,7 +123,7 @@ class _Replay:
         # No reference to the owner, whose entry this is.
         self.forwards = [(kind, kind.forward) for kind in {type(m) for m in modules}]
         dicts = tuple(m.__dict__ for m in modules)
-        names = ("_parameters", "_buffers", "_modules", *_HOOKS)
+        names = ("_parameters", "_buffers", "_modules", *hooks.KINDS)
         views = [owner.__dict__, owner._modules]
         for attributes in dicts:
             views += [attributes, *(attributes[name] for name in names)]

@@ -26,10 +26,10 @@ from torch.fx.proxy import Proxy, Scope, TracerBase
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fastres.hooks import KINDS as HOOKS
 from fastres.recipes import source
 from fastres.recipes.residual import FusedModule
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NAME, _TRACER = "_fastres_name", "_fastres_tracer"
 
 

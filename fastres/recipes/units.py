@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from fastres import batch_norm, guard, replay, sites
+from fastres.hooks import KINDS as HOOKS
 from fastres.kernels import extension
 from fastres.reasons import because
 from fastres.recipes import fused_class, norms, source, trace
 from fastres.recipes.patterns import Matched, match
 from fastres.recipes.residual import FusedModule
 from fastres.recipes.steps import Program
-from fastres.recipes.trace import HOOKS, Refused, Trace
+from fastres.recipes.trace import Refused, Trace
 
 #: Traces of one module that are kept at a time, and that are made at all.
 KEPT, MADE = 4, 64
