@@ -3,148 +3,130 @@
     python benchmarks/guard_overhead.py                                    ResNet-18, batch 1, inference and training
     python benchmarks/guard_overhead.py resnet50 --json benchmarks/results/guard-overhead.json
 
-Both have the same hooks, on the last child that each guard asks about, so it asks all its questions before it refuses;
-explain says that nothing ran fused. Each lives in a process of its own, with the same weights and images, in the order
-of channels; they take turns, in an order that alternates. A round's overhead is the ratio of its two medians less 1,
-so that what slows the machine down for a while slows both. Needs a machine that does nothing else.
+Both share their weights and have the same hooks, on the last child that each guard asks about, so it asks all its
+questions before it refuses; explain says that nothing ran fused. Both then run PyTorch's own kernels only, in one pool
+of threads, so they live in one process and take turns at every iteration, in an order that alternates: what slows the
+machine down slows both of a pair. The overhead is the median over the pairs of (refused - eager), as a share of the
+median of eager, with its 95 % confidence interval. A training step is a forward, a cross-entropy and a backward pass.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import copy
 import shlex
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
+from math import floor, sqrt
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 import fastres
 from fastres import images as photographs
-from fastres.bench import harness, machine, report
-from fastres.bench.contenders import ChannelsLast
-from fastres.bench.process import ContenderError, Process
-from fastres.bench.stats import quantile
-from fastres.bench.task import Task, prepared_model, write_files
+from fastres.bench import machine, report
+from fastres.bench.task import prepared_model
 from fastres.errors import UserError
 
-#: How a contender is named, and its class in its own process.
-CONTENDERS = {"eager": "guard_overhead:Hooked", "refused": "guard_overhead:Refused"}
-_TIMEOUT = 300.0
+_WARM_UP = 10  # pairs
 
 
 def nothing(*args: Any) -> None:
     """A forward hook."""
 
 
-class Hooked(ChannelsLast):
-    """The eager model, with a hook on every child that would end a guard's questions."""
-
-    title = "eager, with hooks"
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.model.get_submodule("conv1").register_forward_hook(nothing)  # of the stem, which is asked about twice
-        for module in self.model.modules():
-            last = [child for name, child in module.named_children() if name[:2] == "bn" or name == "maxpool"][-1:]
-            for child in last:
-                child.register_forward_hook(nothing)
-
-
-class Refused(Hooked):
-    """The same, swapped."""
-
-    title = "fastres, refused"
-
-    def prepare(self) -> None:
-        super().prepare()
-        fastres.fuse_(self.model)
-        found = fastres.explain(self.model, self.images)
-        if found.fused or not found.total:
-            raise RuntimeError(f"{found.fused} operations ran fused")
-
-
-def measure(task: Task, rounds: int, seconds: float) -> dict[str, Any]:
-    """Both contenders, in turns of `seconds` each.
+def pair(eager: nn.Module, images: Tensor) -> tuple[nn.Module, nn.Module]:
+    """The model with a hook on every child that would end a guard's questions; and the same, swapped, on the same
+    weights.
 
     Raises:
-        ContenderError: if one fails, dies or hangs.
+        RuntimeError: if anything runs fused in it.
     """
-    processes: dict[str, Process] = {}
-    try:
-        for name, where in CONTENDERS.items():
-            processes[name] = Process(where, task.threads, task.folder, name)
-            processes[name].receive(_TIMEOUT)  # its imports
-            processes[name].ask(_TIMEOUT, do="setup", task=task.to_json())
-        first = median(processes["eager"].ask(_TIMEOUT, do="run", iterations=5)["samples"])
-        iterations = max(1, round(seconds / first))
-        for process in processes.values():
-            process.ask(_TIMEOUT, do="run", iterations=iterations)  # warm
-        samples: dict[str, list[list[float]]] = {name: [] for name in CONTENDERS}
-        busy, clock = machine.busy_seconds(), time.monotonic()
-        used = 0.0
-        for number in range(rounds):
-            for name in list(CONTENDERS)[:: 1 if number % 2 else -1]:
-                answer = processes[name].ask(_TIMEOUT, do="run", iterations=iterations)
-                samples[name].append(answer["samples"])
-                used += answer["cpu"]
-        wall = time.monotonic() - clock
-    finally:
-        for process in processes.values():
-            process.end()
-    end = machine.busy_seconds()
-    other = None if busy is None or end is None else max(0.0, end - busy - used) / (wall * (os.cpu_count() or 1))
-    return summary(samples) | {"iterations": iterations, "other_cpu_share": other, "samples": samples}
+    eager.get_submodule("conv1").register_forward_hook(nothing)  # of the stem, which is asked about twice
+    for module in eager.modules():
+        last = [child for name, child in module.named_children() if name[:2] == "bn" or name == "maxpool"][-1:]
+        for child in last:
+            child.register_forward_hook(nothing)
+    shared = {id(tensor): tensor for tensor in (*eager.parameters(), *eager.buffers())}
+    refused = copy.deepcopy(eager, shared)
+    fastres.fuse_(refused)
+    found = fastres.explain(refused, images)
+    if found.fused or not found.total:
+        raise RuntimeError(f"{found.fused} operations ran fused")
+    return eager, refused
 
 
-def summary(samples: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """Medians in seconds; the overhead as a share, with the middle half of the rounds'."""
-    medians = {name: [median(found) for found in rounds] for name, rounds in samples.items()}
-    shares = [ours / eager - 1 for eager, ours in zip(medians["eager"], medians["refused"], strict=True)]
-    seconds = {name: median(found) for name, found in medians.items()}
+def measure(models: tuple[nn.Module, nn.Module], images: Tensor, mode: str, pairs: int) -> dict[str, Any]:
+    """Seconds of each iteration of both models, in turns."""
+    labels = torch.arange(len(images)) % 1000
+    for model in models:
+        model.train(mode == "train")
+
+    def infer(model: nn.Module) -> None:
+        with torch.no_grad():
+            model(images)
+
+    def train(model: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(images), labels).backward()
+
+    step: Callable[[nn.Module], None] = train if mode == "train" else infer
+    samples: tuple[list[float], list[float]] = ([], [])
+    for number in range(-_WARM_UP, pairs):
+        for which in (0, 1) if number % 2 else (1, 0):
+            start = time.perf_counter()
+            step(models[which])
+            if number >= 0:
+                samples[which].append(time.perf_counter() - start)
+    return summary(*samples) | {"samples": dict(zip(("eager", "refused"), samples, strict=True))}
+
+
+def summary(eager: list[float], refused: list[float]) -> dict[str, Any]:
+    """The medians in seconds; the overhead as a share of eager's, with the 95 % confidence interval of a median: the
+    order statistics n / 2 -+ 0.98 sqrt(n)."""
+    base = median(eager)
+    shares = sorted((ours - theirs) / base for theirs, ours in zip(eager, refused, strict=True))
+    count = len(shares)
+    low = max(0, floor(count / 2 - 0.98 * sqrt(count)))
     return {
-        "seconds": seconds,
+        "seconds": {"eager": base, "refused": median(refused)},
         "overhead": median(shares),
-        "overhead_low": quantile(shares, 0.25),
-        "overhead_high": quantile(shares, 0.75),
-        "overhead_seconds": median(shares) * seconds["eager"],
+        "overhead_low": shares[low],
+        "overhead_high": shares[count - 1 - low],
+        "overhead_seconds": median(shares) * base,
     }
 
 
-def run(options: harness.Options, rounds: int, seconds: float) -> list[dict[str, Any]]:
+def run(models: list[str], modes: list[str], batch: int, size: int, pairs: int) -> list[dict[str, Any]]:
     """A table for each model and mode.
 
     Raises:
         UserError: for an unknown model, or a value out of range.
-        ContenderError: if a contender fails.
     """
-    options.check()
-    here = str(Path(__file__).resolve().parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    if min(batch, size, pairs) < 1:
+        raise UserError("--batch, --size and --pairs must be above zero")
     tables = []
-    for model in options.models:
-        batch = options.batches["infer"][0]
-        images = photographs.photographs(max(batch, 4), options.size)
-        with tempfile.TemporaryDirectory(prefix="fastres-guard-") as folder:
-            write_files(prepared_model(model, images), images, folder)
-            for mode in options.modes:
-                task = Task(model, mode, batch, "float32", "cpu", options.size, options.threads, folder)
-                about = {key: value for key, value in task.to_json().items() if key not in ("folder", "exports")}
-                tables.append({**about, "title": task.title, **measure(task, rounds, seconds)})
+    for name in models:
+        images = photographs.photographs(max(batch, 4), size)
+        eager = prepared_model(name, images).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = images[:batch].contiguous(memory_format=torch.channels_last)
+        models_ = pair(eager, images)
+        about = {"model": name, "batch": batch, "size": size, "threads": torch.get_num_threads(), "pairs": pairs}
+        tables += [{**about, "mode": mode, **measure(models_, images, mode, pairs)} for mode in modes]
     return tables
 
 
 def line(table: dict[str, Any]) -> str:
-    other = table["other_cpu_share"]
-    busy = "" if other is None or other < 0.05 else f"; other processes used {other:.0%} of the processors"
     return (
-        f"{table['title']}, {table['size']} px, {table['threads']} threads: eager "
-        f"{table['seconds']['eager'] * 1e3:.2f} ms, refused {table['seconds']['refused'] * 1e3:.2f} ms, overhead "
+        f"{table['model']} {table['mode']}, batch {table['batch']}, {table['size']} px, {table['threads']} threads: "
+        f"eager {table['seconds']['eager'] * 1e3:.2f} ms, refused {table['seconds']['refused'] * 1e3:.2f} ms, overhead "
         f"{table['overhead']:+.2%} ({table['overhead_low']:+.2%} to {table['overhead_high']:+.2%}), "
-        f"{table['overhead_seconds'] * 1e6:+.0f} us{busy}"
+        f"{table['overhead_seconds'] * 1e6:+.0f} us, {table['pairs']} pairs"
     )
 
 
@@ -155,25 +137,16 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="(default: 1)")
     parser.add_argument("--size", type=int, default=224, metavar="N", help="height and width (default: 224)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="(default: one per core)")
-    parser.add_argument("--rounds", type=int, default=60, metavar="N", help="(default: 60)")
-    parser.add_argument("--seconds", type=float, default=0.3, metavar="X", help="of one turn (default: 0.3)")
+    parser.add_argument("--pairs", type=int, default=800, metavar="N", help="(default: 800)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     given = parser.parse_args()
     started = datetime.now(timezone.utc)
     described = machine.describe()
-    modes = ["infer", "train"] if given.mode == "both" else [given.mode]
+    torch.set_num_threads(given.threads or machine.physical_cores())
     try:
-        if given.rounds < 1 or given.size < 1:
-            raise UserError("--rounds and --size must be above zero")
-        options = harness.Options(
-            models=given.models or ["resnet18"],
-            modes=modes,
-            batches={mode: [given.batch] for mode in ("infer", "train")},
-            size=given.size,
-            threads=given.threads,
-        )
-        tables = run(options, given.rounds, given.seconds)
-    except (UserError, ContenderError) as error:
+        modes = ["infer", "train"] if given.mode == "both" else [given.mode]
+        tables = run(given.models or ["resnet18"], modes, given.batch, given.size, given.pairs)
+    except UserError as error:
         print(f"guard_overhead.py: error: {error}", file=sys.stderr)
         return 2
     print("\n".join(map(line, tables)))
