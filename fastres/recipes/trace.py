@@ -27,7 +27,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastres.hooks import KINDS as HOOKS
-from fastres.recipes import source
+from fastres.recipes import sizes, source
 from fastres.recipes.residual import FusedModule
 
 _NAME, _TRACER = "_fastres_name", "_fastres_tracer"
@@ -49,6 +49,7 @@ class Trace:
         parameters: names of the forward's arguments that are values of the graph, in order.
         defaults: the arguments that had their defaults.
         outer: global variables that the code reads and that a user may set: (globals, name, value).
+        sizes: those of arguments that the code compares with a number, which is what they were taken for.
     """
 
     graph: fx.Graph
@@ -58,6 +59,7 @@ class Trace:
     parameters: tuple[str, ...]
     defaults: dict[str, Any]
     outer: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    sizes: list[sizes.Size] = field(default_factory=list)
 
 
 def unfused(module: nn.Module) -> type[nn.Module]:
@@ -133,8 +135,10 @@ def trace(module: nn.Module, opens: Callable[[nn.Module], bool]) -> Trace:
     if tracer.mode_changed:  # the forward may have caught what create_node raised
         raise Refused(_MODE)
     tracer.check_untouched()
+    sizes.drop(tracer.graph)
     modules = {str(n.target): tracer.names[str(n.target)] for n in tracer.graph.nodes if n.op == "call_module"}
-    return Trace(tracer.graph, modules, tracer.opened, list(tracer.touched.values()), parameters, defaults, outer)
+    touched = list(tracer.touched.values())
+    return Trace(tracer.graph, modules, tracer.opened, touched, parameters, defaults, outer, tracer.sizes)
 
 
 _MODE = "forward sets the mode of autograd or of autocast, or calls an autograd.Function"
@@ -209,6 +213,7 @@ class _Tracer(TracerBase):
         self.touched: dict[int, nn.Module] = {}
         self.originals: dict[int, tuple[nn.Module, nn.Module]] = {}
         self.clones: list[tuple[Tensor, int]] = []
+        self.sizes: list[sizes.Size] = []
         self._stand_ins: dict[int, nn.Module] = {}
         self.root = self._stand_in(module, "", lambda m: m is module or opens(m))
         self.tensors = {id(t): name for name, t in (*self.root.named_parameters(), *self.root.named_buffers())}
@@ -251,6 +256,13 @@ class _Tracer(TracerBase):
             self.mode_changed = True
             raise Refused(_MODE)
         return super().create_node(*args, **kwargs)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        found = sizes.compared(obj.node)
+        if found is None:
+            return super().to_bool(obj)  # raises
+        self.sizes.append(found)
+        return obj.node.target is operator.eq
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Proxy):

@@ -174,6 +174,9 @@ class Plan:
         for name, value in zip(names, args, strict=True):
             if type(value) is not Tensor and type(value) is not nn.Parameter:
                 return f"{name} is a {type(value).__name__}, not a plain tensor"
+        for size in self.traced.sizes:
+            if differs := size.differs(args[names.index(size.argument)]):
+                return differs
         return args
 
 
