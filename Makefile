@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEV = $(PYTHON) scripts/dev.py
 comma := ,
 
-.PHONY: help test bench bench-ops bench-cpu bench-gpu sweep kernel-report test-triton cuda-report cuda-sanitize test-matrix test-sanitize lint format clean
+.PHONY: help test bench bench-ops bench-cpu bench-gpu sweep kernel-report test-triton cuda-report cuda-sanitize wheels test-matrix test-sanitize lint format clean
 
 help:
 	@echo "make test           the tests                                    ARGS='-k fuse' goes to pytest"
@@ -17,6 +17,7 @@ help:
 	@echo "make cuda-sanitize  the CUDA kernels on the CPU, under sanitizers and with seeded bugs"
 	@echo "make bench-gpu      ceilings, ops, layers, networks on a GPU     ARGS='--list' names what it measures"
 	@echo "make test-matrix    the tests with the oldest, a middle and the newest PyTorch"
+	@echo "make wheels         source distribution and wheels, checked, installed and tried   ARGS='oldest default newest'"
 	@echo "make test-sanitize  the kernels under a sanitizer                KIND=undefined or address (default: both)"
 	@echo "make lint           ruff, clang-format, mypy"
 	@echo "make format         ruff and clang-format mend what they can"
@@ -33,6 +34,9 @@ lint format:
 
 cuda-report cuda-sanitize:
 	@$(DEV) python scripts/$(subst -,_,$@).py $(ARGS)
+
+wheels:
+	@$(PYTHON) scripts/matrix.py --wheels $(ARGS)
 
 test-matrix:
 	@$(PYTHON) scripts/matrix.py $(ARGS)

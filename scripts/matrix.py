@@ -2,15 +2,15 @@
 """Builds the wheel once and runs the tests on it with the oldest, the default and the newest supported PyTorch.
 
     make test-matrix [ARGS="pytest arguments"] [PYTHON=python3.12]
-    python scripts/matrix.py --wheels [oldest default newest]
+    make wheels [ARGS="oldest default newest"]
 
 Each PyTorch gets an environment under .venv-matrix, kept for the next time; where pip serves only CUDA builds, count on
 7 GB for each. The tests run in a copy without fastres/, so that it is the installed wheel that they test.
 
---wheels is about what would be published: `python -m build` makes a source distribution, from that the binary wheel,
-and a wheel without compiled kernels; their names and contents are checked, abi3audit looks at the binary's symbols;
-then each wheel is installed, and scripts/smoke.py run, with the PyTorchs that are named (oldest and default). They stay
-in .venv-matrix/dist.
+`make wheels` (--wheels) is about what would be published: `python -m build` makes a source distribution, from that the
+binary wheel, and a wheel without compiled kernels; their names and contents are checked, abi3audit looks at the
+binary's symbols; then each wheel is installed, and scripts/smoke.py run, with the PyTorchs that are named (oldest and
+default). They stay in .venv-matrix/dist.
 """
 
 from __future__ import annotations
