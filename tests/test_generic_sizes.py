@@ -1,0 +1,113 @@
+"""Forwards that compare sizes of their input with numbers: their graphs hold for those sizes."""
+
+import copy
+
+import pytest
+import torch
+from _blocks import WIDTH, conv3
+from _compare import MODES, assert_path, assert_same, image, randomise, some_kernels, step, watched
+from torch import nn
+
+import fastres
+
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    with some_kernels():
+        yield
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = conv3(), nn.BatchNorm2d(WIDTH), nn.ReLU()
+
+    def run(self, x):
+        return self.relu(self.bn(self.conv(x)))
+
+
+SIZES = {
+    "shape[1]": (lambda x: x.shape[1], WIDTH, "has shape (3, 3, 8, 8), not 8 in dimension 1", lambda x: x[:, :3]),
+    "size(-3)": (lambda x: x.size(-3), WIDTH, "has shape (3, 3, 8, 8), not 8 in dimension -3", lambda x: x[:, :3]),
+    "ndim": (lambda x: x.ndim, 4, "has 3 dimensions, not 4", lambda x: x[0]),
+    "dim()": (lambda x: x.dim(), 4, "has 3 dimensions, not 4", lambda x: x[0]),
+}
+
+
+@modes
+@pytest.mark.parametrize("asked", SIZES)
+def test_sizes_that_are_compared(asked, mode):
+    ask, value, reason, other = SIZES[asked]
+
+    class Asks(Block):  # as the embeddings of Hugging Face's ResNet
+        def forward(self, x):
+            if ask(x) != self.value:
+                raise ValueError(f"{ask(x)} instead of {self.value}")
+            return self.run(x)
+
+    model = randomise(Asks())
+    model.value = value
+    eager, x = copy.deepcopy(model), image(WIDTH, size=8)
+    report = fastres.fuse_(model)
+    assert report.fused == report.total == 3
+    with watched() as seen:
+        assert_same(step(model, x, mode), step(eager, x, mode))
+    assert_path(seen, "fast")
+    for m in (eager, model):
+        with pytest.raises(ValueError, match=f"instead of {value}"), watched() as seen:
+            m(other(x))
+    assert len(seen) == 1 and reason in seen[0][1]
+    model.value = eager.value = 3  # another graph, for images that the convolution does not take
+    for m in (eager, model):
+        with pytest.raises(ValueError, match=f"{value} instead of 3"):
+            m(x)
+
+
+class SizeIsRead(Block):
+    """What is compared is read elsewhere too; equality chooses one of two ways."""
+
+    def forward(self, x):
+        channels = x.shape[1]
+        if channels == WIDTH:
+            return self.run(x) / channels
+        return x
+
+
+@modes
+def test_a_size_that_is_compared_and_read(mode):
+    model = randomise(SizeIsRead())
+    eager = copy.deepcopy(model)
+    assert fastres.fuse_(model).fused == 3
+    for x in (image(WIDTH), image(WIDTH)[:, :3], image(WIDTH, size=5)):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model.train(mode == "train")(x), eager.train(mode == "train")(x), rtol=1e-5, atol=1e-5
+            )
+
+
+class Compares(Block):
+    """A number that is none of a size, and a size with one that is not known: refused."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.other = other
+
+    def forward(self, x):
+        return self.run(x) if self.other(x) else x
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: x.shape[1] == x.shape[2],
+        lambda x: x.sum() == 0,
+        lambda x: x.relu().shape[1] == 8,
+        lambda x: x.shape == 4,
+    ],
+    ids=["two sizes", "a value", "of a result", "all sizes"],
+)
+def test_other_comparisons_are_refused(other):
+    report = fastres.fuse_(randomise(Compares(other)))
+    assert report.fused == 0 and all("TraceError" in row.reason for row in report.rows)
