@@ -8,6 +8,7 @@ has to fail with the words that name it.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -185,8 +186,12 @@ def notice(bug: Bug, program: Path) -> bool:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bugs", type=int, default=len(BUGS), metavar="N", help="of each sanitizer (default: all)")
+    chosen = parser.parse_args()
     if toolkit() is None:
         sys.exit("cuda-sanitize: there is no CUDA toolkit")
+    bugs = [bug for sanitizer in ARGUMENTS for bug in [b for b in BUGS if b.sanitizer == sanitizer][: chosen.bugs]]
     failed, programs = 0, {}
     for sanitizer in ARGUMENTS:
         start = time.monotonic()
@@ -198,7 +203,7 @@ def main() -> None:
         if not right:
             print(done.stdout + done.stderr[-6000:])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        failed += sum(not noticed for noticed in pool.map(lambda bug: notice(bug, programs[bug.sanitizer]), BUGS))
+        failed += sum(not noticed for noticed in pool.map(lambda bug: notice(bug, programs[bug.sanitizer]), bugs))
     sys.exit(failed > 0)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -31,6 +32,19 @@ def seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freeze() -> Iterator[None]:
+    """What a file leaves behind, compiled graphs above all, is not looked at by every later collection of garbage;
+    those took seconds near the end."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # for destructors at exit, which some libraries count
 
 
 @pytest.fixture(params=["reference", "cpu"])

@@ -73,7 +73,9 @@ COUNT = len(list(sample_calls(torch.float32, LAYOUTS[0])))
 @pytest.mark.parametrize("index", range(COUNT))
 def test_opcheck(index, layout, dtype):
     op, args = list(sample_calls(dtype, layout, requires_grad=True))[index]
-    utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if layout is (torch.contiguous_format if dtype is torch.bfloat16 else torch.channels_last):  # a second each
+        utils.append("test_aot_dispatch_dynamic")
     opcheck(
         op,
         args,
@@ -174,7 +176,7 @@ def test_gradcheck(index):
 @pytest.mark.parametrize("index", range(16))
 def test_double_backward(index):
     function, inputs = list(differentiable_calls())[index]
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
