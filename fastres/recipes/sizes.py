@@ -1,46 +1,60 @@
 """Sizes of its arguments that a forward compares with a number: `if x.shape[1] != self.channels: raise ...`.
 
-A trace takes such a size for that number and notes it: its graph holds for arguments of that size only. For others the
-module's own forward runs, with its own error.
+A trace takes such a size for that number, or, where it is made for a certain call, for what it is there, and notes it:
+its graph holds for arguments with the same answer only.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, fx
 
 
 @dataclass(frozen=True)
 class Size:
-    """x.shape[dimension], or x.dim() where `dimension` is None, of the argument x.
+    """Whether x.shape[dimension], or x.dim() where `dimension` is None, is a number; x is an argument.
 
     Attributes:
-        value: what it has to be.
+        value: the number.
+        equal: the answer.
     """
 
     argument: str
     dimension: int | None
     value: int
+    equal: bool = True
 
-    def differs(self, x: Tensor) -> str | None:
-        """Why x does not fit, or None."""
-        if self.dimension is None:
-            return None if x.dim() == self.value else f"{self.argument} has {x.dim()} dimensions, not {self.value}"
-        if -x.dim() <= self.dimension < x.dim() and x.shape[self.dimension] == self.value:
+    def answer(self, x: Any) -> bool | None:
+        """Whether it is the number for x; None if x has no such size."""
+        if not isinstance(x, Tensor):
             return None
-        return f"{self.argument} has shape {tuple(x.shape)}, not {self.value} in dimension {self.dimension}"
+        if self.dimension is None:
+            return x.dim() == self.value
+        return x.shape[self.dimension] == self.value if -x.dim() <= self.dimension < x.dim() else None
+
+    def differs(self, x: Any) -> str | None:
+        """Why a graph does not hold for x, or None."""
+        if self.answer(x) is self.equal:
+            return None
+        what = "number of dimensions" if self.dimension is None else f"dimension {self.dimension}"
+        of = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        return f"{self.argument}: {what} of {of} is {'not ' if self.equal else ''}{self.value}"
 
 
-def compared(node: fx.Node) -> Size | None:
-    """The size that `node` compares with a number by == or !=, or None."""
+def compared(node: fx.Node, call: dict[str, Any]) -> Size | None:
+    """The size that `node` compares with a number by == or !=, or None. call: arguments by name, where known."""
     if node.target not in (operator.eq, operator.ne):
         return None
     sizes = [a for a in node.args if isinstance(a, fx.Node)]
     numbers = [a for a in node.args if type(a) is int]
-    found = _read(sizes[0]) if len(sizes) == len(numbers) == 1 else None
-    return None if found is None else Size(*found, numbers[0])
+    read = _read(sizes[0]) if len(sizes) == len(numbers) == 1 else None
+    if read is None:
+        return None
+    found = Size(*read, numbers[0])
+    return replace(found, equal=found.answer(call.get(found.argument)) is not False)
 
 
 def drop(graph: fx.Graph) -> None:

@@ -34,7 +34,13 @@ _NAME, _TRACER = "_fastres_name", "_fastres_tracer"
 
 
 class Refused(Exception):
-    """The forward cannot be written down as a graph; str() is the reason."""
+    """The forward cannot be written down as a graph; str() is the reason.
+
+    Attributes:
+        sized: whether it asked for sizes before; with others there might be a graph.
+    """
+
+    sized = False
 
 
 @dataclass
@@ -48,6 +54,7 @@ class Trace:
         touched: other modules whose attributes were read.
         parameters: names of the forward's arguments that are values of the graph, in order.
         defaults: the arguments that had their defaults.
+        positional: names of all arguments that may be given by position, in order.
         outer: global variables that the code reads and that a user may set: (globals, name, value).
         sizes: those of arguments that the code compares with a number, which is what they were taken for.
     """
@@ -58,6 +65,7 @@ class Trace:
     touched: list[nn.Module]
     parameters: tuple[str, ...]
     defaults: dict[str, Any]
+    positional: tuple[str, ...]
     outer: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     sizes: list[sizes.Size] = field(default_factory=list)
 
@@ -94,11 +102,18 @@ def opaque(module: nn.Module) -> str | None:
     return None
 
 
-def trace(module: nn.Module, opens: Callable[[nn.Module], bool]) -> Trace:
+def trace(
+    module: nn.Module,
+    opens: Callable[[nn.Module], bool],
+    given: tuple[str, ...] = (),
+    call: dict[str, Any] | None = None,
+) -> Trace:
     """Runs the forward of `module` on a stand-in.
 
     Args:
         opens: whether the forward of a child is part of the graph.
+        given: names of arguments with a default that are values too.
+        call: arguments by name, of which only sizes that the forward compares with numbers are used.
 
     Raises:
         Refused: with the reason.
@@ -106,8 +121,8 @@ def trace(module: nn.Module, opens: Callable[[nn.Module], bool]) -> Trace:
     if reason := opaque(module):
         raise Refused(reason)
     kind = unfused(module)
-    parameters, defaults = _arguments(kind.forward)
-    tracer = _Tracer(module, opens)
+    parameters, defaults, positional = _arguments(kind.forward, given)
+    tracer = _Tracer(module, opens, call or {})
     outer: list[tuple[dict[str, Any], str, Any]] = []
     for opened in tracer.opened.values():
         reason, read = source.inspect(unfused(opened))
@@ -120,14 +135,16 @@ def trace(module: nn.Module, opens: Callable[[nn.Module], bool]) -> Trace:
     try:
         with torch.enable_grad():
             tracer.modes = _modes()
-            values = [tracer.create_proxy("placeholder", name, (), {}) for name in parameters]
-            result = kind.forward(tracer.root, *values, **defaults)
+            values = {name: tracer.create_proxy("placeholder", name, (), {}) for name in parameters}
+            optional = {name: values.pop(name) for name in given}
+            result = kind.forward(tracer.root, *values.values(), **optional, **defaults)
             tracer.create_node("output", "output", (tracer.create_arg(result),), {})
-    except Refused:
-        raise
     except Exception as error:  # whatever a forward may raise on a value that is none
         text = str(error).splitlines()
-        raise Refused(f"forward does not trace: {type(error).__name__}: {text[0] if text else ''}") from None
+        refused = Refused(f"forward does not trace: {type(error).__name__}: {text[0] if text else ''}")
+        refused = error if isinstance(error, Refused) else refused
+        refused.sized = bool(tracer.sizes)
+        raise refused from None
     finally:
         drawn = _random_state_changed(before)
     if drawn:
@@ -138,7 +155,7 @@ def trace(module: nn.Module, opens: Callable[[nn.Module], bool]) -> Trace:
     sizes.drop(tracer.graph)
     modules = {str(n.target): tracer.names[str(n.target)] for n in tracer.graph.nodes if n.op == "call_module"}
     touched = list(tracer.touched.values())
-    return Trace(tracer.graph, modules, tracer.opened, touched, parameters, defaults, outer, tracer.sizes)
+    return Trace(tracer.graph, modules, tracer.opened, touched, parameters, defaults, positional, outer, tracer.sizes)
 
 
 _MODE = "forward sets the mode of autograd or of autocast, or calls an autograd.Function"
@@ -150,9 +167,11 @@ def _modes() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
-def _arguments(forward: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The arguments without a default, and the others with it."""
-    names, defaults = [], {}
+def _arguments(
+    forward: Callable[..., Any], given: tuple[str, ...]
+) -> tuple[tuple[str, ...], dict[str, Any], tuple[str, ...]]:
+    """The arguments without a default or among `given`; the others with their defaults; those that have a position."""
+    names, defaults, positional = [], {}, []
     try:
         signature = inspect.signature(forward)
     except (TypeError, ValueError):
@@ -166,13 +185,15 @@ def _arguments(forward: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, 
             raise Refused("forward takes any number of arguments")
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
             raise Refused(f"forward wants the keyword {parameter.name}")
-        if parameter.default is parameter.empty:
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            positional.append(parameter.name)
+        if parameter.default is parameter.empty or parameter.name in given:
             names.append(parameter.name)
         else:
             defaults[parameter.name] = parameter.default
     if not names:
         raise Refused("forward has no argument without a default")
-    return tuple(names), defaults
+    return tuple(names), defaults, tuple(positional)
 
 
 class _Value(Proxy):
@@ -201,8 +222,9 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 class _Tracer(TracerBase):
     """Builds the stand-ins and collects the graph."""
 
-    def __init__(self, module: nn.Module, opens: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, module: nn.Module, opens: Callable[[nn.Module], bool], call: dict[str, Any]) -> None:
         self.graph = fx.Graph()
+        self.call = call
         self.modes: tuple[Any, ...] = ()
         self.mode_changed = False
         self.scope = Scope("", None)
@@ -258,11 +280,11 @@ class _Tracer(TracerBase):
         return super().create_node(*args, **kwargs)
 
     def to_bool(self, obj: Proxy) -> bool:
-        found = sizes.compared(obj.node)
+        found = sizes.compared(obj.node, self.call)
         if found is None:
             return super().to_bool(obj)  # raises
         self.sizes.append(found)
-        return obj.node.target is operator.eq
+        return (obj.node.target is operator.eq) is found.equal
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Proxy):

@@ -10,10 +10,10 @@ from __future__ import annotations
 import copyreg
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,8 +30,10 @@ from fastres.recipes.steps import Program
 from fastres.recipes.trace import Refused, Trace
 
 #: Traces of one module that are kept at a time, and that are made at all.
-KEPT, MADE = 4, 64
+KEPT, MADE = 8, 64
 NOTHING = because("no-pattern", "nothing in it to fuse")
+#: What may stand for a value of a graph, and lists of it. Numbers are passed on, as to an interpolation.
+_VALUES = (Tensor, nn.Parameter, int, float)
 _CALL = nn.Module.__call__
 
 
@@ -44,10 +46,9 @@ class Unit(FusedModule):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        found: Any = plan_of(self)
-        values: Any = found.arguments(args, kwargs) if isinstance(found, Plan) else found.reason
+        found, values = plan_for(self, args, kwargs)
         reason = values if isinstance(values, str) else None
-        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        x: Any = None if reason else next(_tensors(values))
         if guard.unit_blocked(self, x, reason) is not None:
             replay.spoil()
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -56,7 +57,7 @@ class Unit(FusedModule):
         if replay.recorded():
             if found.traced.outer:
                 replay.spoil()  # which does not look at global variables
-        elif len(values) == 1 and not found.traced.outer and not torch.is_grad_enabled():
+        elif len(values) == 1 and values[0] is x and not found.traced.outer and not torch.is_grad_enabled():
             return sites.chain_of_blocks(self, None, (), x, lambda x: program((x,)))
         del x
         return program(values)
@@ -121,18 +122,30 @@ class Guard:
 
 
 class Refusal:
-    """Why a module's own forward has to run, as long as the module is as it is."""
+    """Why a module's own forward has to run, as long as the module is as it is.
 
-    def __init__(self, module: nn.Module, reason: str) -> None:
-        self.reason = reason
+    Attributes:
+        given: as of a plan.
+        sized: only for the sizes of one call.
+    """
+
+    def __init__(self, module: nn.Module, reason: str, given: tuple[str, ...] = (), sized: bool = False) -> None:
+        self.reason, self.given, self.sized = reason, given, sized
         self.guard = Guard(list(module.modules()), [], [])
+
+    def fits(self, call: Call) -> bool:
+        return self.given == call.given
 
 
 class Plan:
-    """A module's program, and what it holds for."""
+    """A module's program, and what it holds for.
 
-    def __init__(self, module: nn.Module, traced: Trace, matched: Matched) -> None:
-        self.traced, self.matched = traced, matched
+    Attributes:
+        given: names of the arguments with a default that are values.
+    """
+
+    def __init__(self, module: nn.Module, traced: Trace, matched: Matched, given: tuple[str, ...] = ()) -> None:
+        self.traced, self.matched, self.given = traced, matched, given
         self.program = Program(traced, matched)
         self.helpers = [m for m in traced.opened.values() if m is not module]
         whole = [*traced.opened.values(), *traced.touched]
@@ -159,11 +172,10 @@ class Plan:
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | str:
         """The values of the call, or why the graph is not that of this call."""
         names = self.traced.parameters
-        if kwargs or len(args) != len(names):
-            given = dict(zip((*names, *self.traced.defaults), args, strict=False))
-            if len(args) > len(names) + len(self.traced.defaults) or given.keys() & kwargs.keys():
+        if kwargs or len(args) != len(names) or names != self.traced.positional[: len(args)]:
+            given = self.named(args, kwargs)
+            if given is None:
                 return "called with other arguments than it takes"
-            given |= kwargs
             if any(name not in given for name in names):
                 return "called without an argument"
             for name, value in given.items():
@@ -172,12 +184,55 @@ class Plan:
                     return f"called with {name}={shown}"[:80]
             args = tuple(given[name] for name in names)
         for name, value in zip(names, args, strict=True):
-            if type(value) is not Tensor and type(value) is not nn.Parameter:
-                return f"{name} is a {type(value).__name__}, not a plain tensor"
+            for item in value if type(value) in (list, tuple) else (value,):
+                if type(item) not in _VALUES:
+                    return f"{name} is a {type(item).__name__}, not a plain tensor"
+        if next(_tensors(args), None) is None:
+            return "called without a tensor"
         for size in self.traced.sizes:
             if differs := size.differs(args[names.index(size.argument)]):
                 return differs
         return args
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of a call by their names; None if they are not those of the forward."""
+        given = dict(zip(self.traced.positional, args, strict=False))
+        if len(args) > len(self.traced.positional) or given.keys() & kwargs.keys():
+            return None
+        return given | kwargs
+
+    def fits(self, call: Call) -> bool:
+        """Whether it has the arguments that a call gives, of sizes that count as theirs."""
+        named = call.named
+        sizes = self.traced.sizes
+        return self.given == call.given and not any(size.differs(named.get(size.argument)) for size in sizes)
+
+    def other(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """The call, if another graph might be that of it."""
+        named = self.named(args, kwargs)
+        if named is None or any(name not in named for name in self.traced.parameters if name not in self.given):
+            return None
+        if any(size.answer(named.get(size.argument)) is None for size in self.traced.sizes):
+            return None
+        optional = (*self.given, *self.traced.defaults)
+        call = Call(named, tuple(name for name in optional if isinstance(named.get(name), Tensor)))
+        return None if self.fits(call) else call
+
+
+class Call(NamedTuple):
+    """Arguments by name; and the names of those that have a default and are tensors, in order."""
+
+    named: dict[str, Any]
+    given: tuple[str, ...]
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among values, and in lists of values."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value) in (list, tuple):
+            yield from _tensors(value)
 
 
 def _same_attributes(modules: Any, kinds: Any, dicts: Any, views: Any, expected: Any) -> bool:
@@ -222,12 +277,23 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             known.found, known.made = found, made
 
 
-def plan_of(module: nn.Module, opener: Opener | None = None) -> Plan | Refusal:
-    """The plan that holds for `module` now, or why there is none."""
+def plan_for(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The plan for a call of `module` and its values; or why there is none, twice."""
+    found = plan_of(module)
+    values = found.arguments(args, kwargs) if isinstance(found, Plan) else found.reason
+    if isinstance(found, Plan) and isinstance(values, str) and (call := found.other(args, kwargs)) is not None:
+        found = plan_of(module, call=call)
+        values = found.arguments(args, kwargs) if isinstance(found, Plan) else found.reason
+    return found, values
+
+
+def plan_of(module: nn.Module, opener: Opener | None = None, call: Call | None = None) -> Plan | Refusal:
+    """The plan that holds for `module` now, or why there is none. Without a call: one that no tensor is given to for an
+    argument with a default."""
     known = _known.get(module)
     if known is not None:
         for found in known.found:
-            if found.guard.valid():
+            if (not found.given if call is None else found.fits(call)) and found.guard.valid():
                 return found
     if module.__dict__.get("_is_replica"):
         return Refusal(module, "a replica of DataParallel")
@@ -236,8 +302,9 @@ def plan_of(module: nn.Module, opener: Opener | None = None) -> Plan | Refusal:
         if known.made >= MADE:
             return Refusal(module, f"its attributes are others at every call ({MADE} times traced)")
         known.made += 1
-        made = make(module, opener or Opener())
-        known.found = [made, *known.found[: KEPT - 1]]
+        made = make(module, opener or Opener(), call)
+        if isinstance(made, Plan) or not made.sized:
+            known.found = [made, *known.found[: KEPT - 1]]
         return made
 
 
@@ -291,17 +358,19 @@ def _gate(traced: Trace, module: nn.Module) -> bool:
     return len(traced.graph.nodes) <= 16 and all(m.__module__.startswith("torch.nn.") for m in traced.modules.values())
 
 
-def make(module: nn.Module, opener: Opener) -> Plan | Refusal:
+def make(module: nn.Module, opener: Opener, call: Call | None = None) -> Plan | Refusal:
     """A new plan for `module`, or why there can be none."""
+    given, named = ((), {}) if call is None else (call.given, call.named)
     try:
-        traced = trace.trace(module, opener)
+        traced = trace.trace(module, opener, given, named)
         matched = match(traced)
         if matched.worthwhile:
-            return Plan(module, traced, matched)
+            return Plan(module, traced, matched, given)
         alone = {group.last for group in matched.groups}
         left = (node for node, op in matched.operations.items() if op.kind != "other" and node not in alone)
         reasons = (matched.reasons.get(node) for node in left)
-        return Refusal(module, next(filter(None, reasons), NOTHING))
+        return Refusal(module, next(filter(None, reasons), NOTHING), given, bool(named and traced.sizes))
     except Refused as refused:
         text = str(refused)
-        return Refusal(module, because("hook" if "hook" in text else "not-traceable", text))
+        reason = because("hook" if "hook" in text else "not-traceable", text)
+        return Refusal(module, reason, given, bool(named) and refused.sized)
