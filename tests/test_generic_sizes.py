@@ -127,6 +127,35 @@ def test_two_ways(mode):
     assert known.made == made  # none of them is traced
 
 
+class Stem(Block):
+    def forward(self, x):
+        if x.shape[1] != WIDTH:
+            raise ValueError("channels")
+        return self.run(x)
+
+
+class Whole(nn.Module):
+    """Its stem compares a size of what is no argument of the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.stem, self.bn = conv3(), Stem(), nn.BatchNorm2d(WIDTH)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.stem(self.first(x))) + x)
+
+
+@modes
+def test_inside_of_a_parent(mode):
+    model = randomise(Whole())
+    eager, x = copy.deepcopy(model), image(WIDTH)
+    report = fastres.fuse_(model)
+    assert report.fused >= 6 and isinstance(model, units.Unit) and isinstance(model.stem, units.Unit)
+    with watched() as seen:
+        assert_same(step(model, x, mode), step(eager, x, mode))
+    assert_path(seen, "fast")
+
+
 class Compares(Block):
     """A number that is none of a size, and a size with one that is not known: refused."""
 

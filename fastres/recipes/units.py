@@ -330,7 +330,8 @@ class Opener:
             return False
         try:
             traced = trace.trace(module, self)
-            return _chain(traced) or _gate(traced, module)
+            # A size that it compares is known of an argument only, and inside of its parent it has none.
+            return not traced.sizes and (_chain(traced) or _gate(traced, module))
         except Refused:
             return False
 
