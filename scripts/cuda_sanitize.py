@@ -187,13 +187,15 @@ def notice(bug: Bug, program: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(ARGUMENTS), help="memory: ASan + UBSan; threads: TSan (default: both)")
     parser.add_argument("--bugs", type=int, default=len(BUGS), metavar="N", help="of each sanitizer (default: all)")
     chosen = parser.parse_args()
     if toolkit() is None:
         sys.exit("cuda-sanitize: there is no CUDA toolkit")
-    bugs = [bug for sanitizer in ARGUMENTS for bug in [b for b in BUGS if b.sanitizer == sanitizer][: chosen.bugs]]
+    sanitizers = [chosen.only] if chosen.only else list(ARGUMENTS)
+    bugs = [bug for sanitizer in sanitizers for bug in [b for b in BUGS if b.sanitizer == sanitizer][: chosen.bugs]]
     failed, programs = 0, {}
-    for sanitizer in ARGUMENTS:
+    for sanitizer in sanitizers:
         start = time.monotonic()
         programs[sanitizer] = link(sanitizer)
         done = execute(programs[sanitizer], sanitizer)

@@ -210,6 +210,7 @@ def test_a_network_of_ones_own() -> None:
     assert rows[-2][5] == 16 and rows[-1][5] == sum(p.numel() for p in Gated().parameters())
 
 
+@pytest.mark.slow
 def test_torchvision(torchvision: Any) -> None:
     report, aspects = report_of("torchvision.models:resnet50")
     ours = report_of("resnet50")[1]
@@ -218,6 +219,7 @@ def test_torchvision(torchvision: Any) -> None:
     assert dense.verdict == "no claim" and "7.98 million parameters" in dense.measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50d", "vit_tiny_patch16_224", "convnext_tiny"])
 def test_timm(name: str, torchvision: Any) -> None:
     timm = pytest.importorskip("timm", exc_type=Exception)

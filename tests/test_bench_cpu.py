@@ -102,6 +102,7 @@ def test_both_providers_compute_the_same(groups: int) -> None:
     assert torch.allclose(*results, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_are_measured() -> None:
     table = cpu_layers.measure(1, ["resnet18"], threads=1, seconds=0.1, rounds=2)
     assert table["threads"] == 1 and table["peak_flops"] > 1e8

@@ -206,6 +206,7 @@ def test_every_stage_runs_and_a_second_run_has_nothing_to_do(
     assert "4 of 4 units are done already" in capsys.readouterr().out and file.read_text() == before
 
 
+@pytest.mark.slow
 def test_networks_run_and_are_compared(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

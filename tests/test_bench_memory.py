@@ -39,6 +39,7 @@ def test_a_part_of_a_storage_keeps_all_of_it() -> None:
     assert (saved.bytes, saved.storages) == (x.nbytes, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not extension.available(), reason=f"fastres runs eager code: {extension.load_error()}")
 def test_memory_of_eager_and_fastres() -> None:
     (table,) = memory.run(["resnet18"], batch=2, size=32, threads=1, rounds=1)

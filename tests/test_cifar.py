@@ -44,6 +44,7 @@ def test_all_are_listed():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [twin.format(depth) for depth in PARAMETERS for twin in TWINS[: 3 if depth < 1000 else 1]]
 )

@@ -42,6 +42,7 @@ CIFAR = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conv", [*of_models(), *CIFAR], ids=str)
 def test_convolutions_of_networks(conv):
     """By the public functions; without groups by our own kernels, which must not depend on the layout of the weight."""

@@ -178,6 +178,7 @@ COUNT = """if True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
 @pytest.mark.parametrize("allowed", [1, 2])
 def test_no_threads_but_those_of_torch(allowed):

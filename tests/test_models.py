@@ -43,6 +43,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 # The models ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_same_modules_keys_and_seeded_weights_as_torchvision(torchvision: Any, name: str) -> None:
     ours = seeded(models.create_model, name=name, fused=False)

@@ -152,6 +152,7 @@ def is_large(one: Launch) -> bool:
     return any(t.storage // t.dtype.itemsize > 2**31 for t in one.tensors().values() if t.is_activation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["channels_last", "contiguous"])
 def test_more_than_2_to_31_values(monkeypatch, many_programs, order):
     names = None
