@@ -147,9 +147,11 @@ def examine(cubin: Path) -> list[Code]:
     return list(codes.values())
 
 
-def build() -> Path:
+def build(architectures: str | None) -> Path:
     """fastres._cuda as an installation compiles and links it, without the kernels for CPUs."""
     environment = os.environ | {"FASTRES_BUILD_EXT": "0", "FASTRES_CUDA": "1"}
+    if architectures is not None:  # not by the caller's environment: scripts/dev.py would build the installation anew
+        environment["FASTRES_CUDA_ARCHS"] = architectures
     place = ROOT / "build" / "cuda" / "lib"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(place)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -186,11 +188,12 @@ def report(binary: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--binary", type=Path, help="of fastres._cuda, instead of compiling it")
+    parser.add_argument("--architectures", metavar="LIST", help='such as "80 90a" (default: as an installation)')
     chosen = parser.parse_args()
     start = time.monotonic()
     if toolkit() is None:
         sys.exit("cuda-report: there is no CUDA toolkit")
-    binary = chosen.binary or build()
+    binary = chosen.binary or build(chosen.architectures)
     print(f"compiled and linked in {time.monotonic() - start:.0f} s, {binary.stat().st_size >> 10} KB", flush=True)
     sys.exit(report(binary) > 0)
 
