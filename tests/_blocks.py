@@ -13,6 +13,18 @@ def conv3(stride=1, groups=1):
     return nn.Conv2d(WIDTH, WIDTH, 3, stride, 1, groups=groups, bias=False)
 
 
+class Block(nn.Module):
+    """A convolution, batch norm and ReLU, and what a test makes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu, self.calls = conv3(), nn.BatchNorm2d(WIDTH), nn.ReLU(), 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def run(self, x):
+        return self.relu(self.bn(self.conv(x)))
+
+
 class Gate(nn.Module):
     """Squeeze-and-excitation."""
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from _blocks import WIDTH, Detectron2Bottleneck, DropPath, HuggingFaceBasic, TimmBasic, conv3
+from _blocks import WIDTH, Block, Detectron2Bottleneck, DropPath, HuggingFaceBasic, TimmBasic, conv3
 from _compare import MODES, assert_path, assert_same, check, image, randomise, some_kernels, step, watched
 from torch import nn
 from torch.nn import functional as F
@@ -22,18 +22,6 @@ SEEN = []
 def _kernels():
     with some_kernels():
         yield
-
-
-class Block(nn.Module):
-    """conv, bn, ReLU, and what a test makes of it."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.relu, self.calls = conv3(), nn.BatchNorm2d(WIDTH), nn.ReLU(), 0
-        self.register_buffer("count", torch.zeros(()))
-
-    def run(self, x):
-        return self.relu(self.bn(self.conv(x)))
 
 
 class Counts(Block):

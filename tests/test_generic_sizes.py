@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from _blocks import WIDTH, conv3
+from _blocks import WIDTH, Block, conv3
 from _compare import MODES, assert_path, assert_same, image, randomise, some_kernels, step, watched
 from torch import nn
 from torch.nn import functional as F
@@ -19,15 +19,6 @@ modes = pytest.mark.parametrize("mode", MODES)
 def _kernels():
     with some_kernels():
         yield
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.relu = conv3(), nn.BatchNorm2d(WIDTH), nn.ReLU()
-
-    def run(self, x):
-        return self.relu(self.bn(self.conv(x)))
 
 
 SIZES = {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import random
 import sys
 import types
 from collections import OrderedDict
@@ -24,10 +23,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy, Scope, TracerBase
 from torch.nn.modules import module as nn_module
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fastres.hooks import KINDS as HOOKS
-from fastres.recipes import sizes, source
+from fastres.recipes import random_state, sizes, source
 from fastres.recipes.residual import FusedModule
 
 _NAME, _TRACER = "_fastres_name", "_fastres_tracer"
@@ -131,7 +129,7 @@ def trace(
         outer += read
     if any((nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks)):
         raise Refused("global module hooks")
-    before = _random_state()
+    before = random_state.read()
     try:
         with torch.enable_grad():
             tracer.modes = _modes()
@@ -146,7 +144,7 @@ def trace(
         refused.sized = bool(tracer.sizes)
         raise refused from None
     finally:
-        drawn = _random_state_changed(before)
+        drawn = random_state.changed(before)
     if drawn:
         raise Refused("forward draws random numbers")
     if tracer.mode_changed:  # the forward may have caught what create_node raised
@@ -377,28 +375,3 @@ def _leaf_class(kind: type) -> type:
 
 def _blank(kind: Any) -> Any:
     return object.__new__(kind)
-
-
-def _random_state() -> list[Any]:
-    state = [torch.get_rng_state(), random.getstate()]
-    if "numpy" in sys.modules:
-        state.append(sys.modules["numpy"].random.get_state())
-    return state
-
-
-def _random_state_changed(before: list[Any]) -> bool:
-    """Whether random numbers were drawn; puts the state back if so."""
-    with _disable_current_modes():  # FakeTensorMode takes no tensor that is not of its own
-        changed = not torch.equal(torch.get_rng_state(), before[0])
-        if changed:
-            torch.set_rng_state(before[0])
-    if random.getstate() != before[1]:
-        random.setstate(before[1])
-        changed = True
-    if len(before) > 2:
-        numpy = sys.modules["numpy"].random
-        now = numpy.get_state()
-        if now[2:] != before[2][2:] or (now[1] != before[2][1]).any():
-            numpy.set_state(before[2])
-            changed = True
-    return changed
