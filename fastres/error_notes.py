@@ -24,15 +24,20 @@ _CALL = nn.Module._call_impl.__code__
 _END = ", fused by fastres"
 
 
-def named(forward: Method) -> Method:
-    """A forward of a fused module, whose errors name the module."""
+def named(forward: Method, instead: Callable[[Any], Callable[..., Any] | None] | None = None) -> Method:
+    """A forward of a fused module, whose errors name the module.
+
+    Args:
+        instead: says what to call in the place of `forward`, of a module; None: nothing. Not asked under torch.compile.
+    """
 
     @functools.wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # whose errors show the line; and a graph cannot break inside `try`
             return forward(self, *args, **kwargs)
         try:
-            return forward(self, *args, **kwargs)
+            other = None if instead is None else instead(self)
+            return forward(self, *args, **kwargs) if other is None else other(*args, **kwargs)
         except Exception as error:
             _add_note(error, self, sys._getframe(1))
             raise

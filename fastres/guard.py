@@ -6,7 +6,9 @@ changes that come after the swap are seen.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.nn.modules import module as nn_module
 from fastres import batch_norm, folding, hooks, managed, observe, reasons, switches
 from fastres.kernels import table
 from fastres.ops import registration
+from fastres.snapshot import unchanged
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GLOBAL_HOOKS = (
@@ -24,20 +27,58 @@ GLOBAL_HOOKS = (
     nn_module._global_backward_pre_hooks,
 )
 
+#: Of blocks that had to run their original forward because of a child: what shows that they have to again. Between the
+#: kernels of a network, which leave nothing in the caches, each question of `blocked` costs microseconds.
+_refused: WeakKeyDictionary[nn.Module, Callable[[], bool]] = WeakKeyDictionary()
 
-def blocked(block: nn.Module, x: Any, reason: str | None = None, **children: nn.Module) -> str | None:
+
+def blocked(
+    block: nn.Module,
+    x: Any,
+    reason: str | None = None,
+    *,
+    shortcut: nn.Module | None = None,
+    once: Collection[nn.Module] = (),
+    **children: nn.Module,
+) -> str | None:
     """Why `block` has to run its original forward on `x` now, or None.
 
     Args:
         reason: one that the caller has found already.
+        shortcut: what the block computes its residual with, which eager does last and fused code before its own last
+            convolution. That shows if there is one of `once` in it.
         children: the modules the fast path would not call, under the names of their roles: conv, bn, relu or maxpool,
             with or without a number.
     """
     reason = reason or managed.reason(block, "the block") or input_blocked(x) or switches.reason(block, x)
-    reason = reason or children_blocked(x, children)
+    if reason is None and _contains(shortcut, once):
+        reason = reasons.because("shared-module", "module shared with the shortcut")
+    reason = reason or children_blocked(x, children, block)
     if observe.listener is not None:
         observe.listener(block, reason)
     return reason
+
+
+def still_blocked(block: nn.Module) -> bool:
+    """Whether what blocked `block` at its last call does so still, whatever its input is: a child with hooks, or one of
+    another type. Where somebody listens, `blocked` has to find the first reason. Not under torch.compile."""
+    holds = _refused.get(block)
+    return holds is not None and observe.listener is None and holds()
+
+
+def _remember(block: nn.Module, child: nn.Module, reason: str) -> None:
+    if reasons.code_of(reason) == "hook":
+        kinds = (child.__dict__[kind] for kind in hooks.KINDS)
+        _refused[block] = unchanged((child,), (block._modules, child.__dict__, *filter(None, kinds)))
+    elif reasons.code_of(reason) == "unknown-module":
+        _refused[block] = unchanged((child,), (block._modules,))
+
+
+def _contains(module: nn.Module | None, wanted: Collection[nn.Module]) -> bool:
+    """Whether one of `wanted` is `module` or inside it. Module.modules() would take most of a guard's time."""
+    if module is None:
+        return False
+    return any(module is one for one in wanted) or any(_contains(child, wanted) for child in module._modules.values())
 
 
 def unit_blocked(unit: nn.Module, x: Any, reason: str | None) -> str | None:
@@ -109,10 +150,14 @@ def tell(module: nn.Module, reason: str | None) -> None:
         observe.listener(module, reason)
 
 
-def children_blocked(x: Tensor, children: dict[str, nn.Module]) -> str | None:
+def children_blocked(x: Tensor, children: dict[str, nn.Module], block: nn.Module | None = None) -> str | None:
+    """Why one of the children may not be replaced by fused code on this x, or None. block: whose children they are, for
+    `still_blocked`."""
     cast = registration.autocast_enabled(x.device.type)
     for role, child in children.items():
         reason = child_blocked(role, child)
+        if reason is not None and block is not None and not torch.compiler.is_compiling():
+            _remember(block, child, reason)
         if reason is None and type(child) is nn.Conv2d:
             reason = _conv_blocked(child, x, cast)
         elif reason is None and type(child) in batch_norm.FORWARDS:

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -23,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from fastres import batch_norm, hooks
-from fastres.kernels import extension
 from fastres.kernels import program as programs
+from fastres.snapshot import unchanged
 
 #: run(x, residual, relu)
 Run = Callable[[Tensor, Tensor | None, bool], Tensor]
@@ -122,13 +121,11 @@ class _Replay:
         ]
         # No reference to the owner, whose entry this is.
         self.forwards = [(kind, kind.forward) for kind in {type(m) for m in modules}]
-        dicts = tuple(m.__dict__ for m in modules)
         names = ("_parameters", "_buffers", "_modules", *hooks.KINDS)
         views = [owner.__dict__, owner._modules]
-        for attributes in dicts:
+        for attributes in (m.__dict__ for m in modules):
             views += [attributes, *(attributes[name] for name in names)]
-        expected = tuple(chain.from_iterable(chain.from_iterable(view.items() for view in views)))
-        self.attributes = (tuple(modules), tuple(type(m) for m in modules), dicts, tuple(views), expected)
+        self.attributes_hold = unchanged(modules, views)
         self.tensors = [
             t
             for m in modules
@@ -152,7 +149,7 @@ class _Replay:
         return (
             nn.Module.__call__ is _CALL
             and all(kind.forward is forward for kind, forward in self.forwards)
-            and extension.same_attributes(*self.attributes)
+            and self.attributes_hold()
             and self._versions() == self.versions
             and (self.program is not None or self._fingerprint() == self.fingerprint)
         )

@@ -45,6 +45,7 @@ def chain_of_blocks(
         or torch.is_grad_enabled()
         or observe.listener is not None
         or not config.keep_folded_weights
+        or guard.still_blocked(owner)
         or guard.input_blocked(x) is not None
         or not x.is_cpu
         or not extension.available()

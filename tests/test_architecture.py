@@ -22,7 +22,7 @@ LAYERS = (
     ("reference", "reference_join", "synchronised_reference"),
     ("kernels",),
     ("ops",),
-    ("arguments", "memory", "running_statistics"),
+    ("arguments", "memory", "running_statistics", "snapshot"),
     ("functional",),
     ("replay", "batch_norm", "managed", "switches"),
     ("folding",),

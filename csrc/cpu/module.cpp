@@ -30,8 +30,7 @@ PyObject* same_attributes(PyObject*, PyObject* args) {
   for (Py_ssize_t i = 0; i < PyTuple_Size(views); ++i) {
     PyObject *view = PyTuple_GetItem(views, i), *key, *value;
     if (!PyDict_Check(view)) Py_RETURN_FALSE;
-    if (PyDict_Size(view) == 0) continue;
-    if (!PyDict_CheckExact(view)) Py_RETURN_FALSE;  // an OrderedDict has its order elsewhere
+    if (!PyDict_CheckExact(view) && PyDict_Size(view) > 1) Py_RETURN_FALSE;  // an OrderedDict has its order elsewhere
     Py_ssize_t position = 0;
     while (PyDict_Next(view, &position, &key, &value)) {
       if (next + 2 > known || PyTuple_GetItem(expected, next) != key || PyTuple_GetItem(expected, next + 1) != value) {

@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import sys
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -71,12 +70,6 @@ def load_error() -> str | None:
 def cuda_load_error() -> str | None:
     """Why the compiled kernels for CUDA are not loaded, or None."""
     return cuda_error
-
-
-def same_attributes(*args: tuple[Any, ...]) -> bool:
-    """(modules, types, dicts, views, expected): whether every module still has its type and its __dict__, and the
-    dictionaries `views` hold just the keys and values of `expected`, the same objects in the same order."""
-    return sys.modules["fastres._C"].same_attributes(*args)
 
 
 def isa() -> str:

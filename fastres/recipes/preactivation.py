@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fastres import guard, reasons, sites
+from fastres import guard, sites
 from fastres.models.blocks import ZeroPadShortcut
-from fastres.recipes.residual import CifarForward, FusedModule, StemForward, children_of, contains, shortcut_of
+from fastres.recipes.residual import CifarForward, FusedModule, StemForward, children_of, shortcut_of
 
 
 def _children(block: Any) -> dict[str, Any]:
@@ -23,10 +23,7 @@ def _children(block: Any) -> dict[str, Any]:
 
 def _blocked(block: Any, x: Tensor, children: dict[str, Any]) -> bool:
     """Whether the block's own forward has to run."""
-    # Eager computes the shortcut last, fused code before the last convolution: that shows if it shares a child.
-    shared = contains(block.downsample, children.values())
-    reason = reasons.because("shared-module", "module shared with the shortcut") if shared else None
-    return guard.blocked(block, x, reason, **children) is not None
+    return guard.blocked(block, x, shortcut=block.downsample, once=children.values(), **children) is not None
 
 
 def _first(block: Any, bn1: Any, conv1: Any, bn2: Any, x: Tensor) -> tuple[Tensor, Tensor]:

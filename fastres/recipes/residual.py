@@ -4,13 +4,13 @@ writes them this way."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastres import error_notes, guard, reasons, sites, switches
+from fastres import error_notes, guard, sites, switches
 from fastres.batch_norm import BatchNorm
 from fastres.models.blocks import ZeroPadShortcut
 from fastres.recipes import projection
@@ -27,12 +27,18 @@ class FusedModule:
     fused_children: ClassVar[tuple[str, ...]]
     optional_children: ClassVar[frozenset[str]] = frozenset()
     adds: ClassVar[bool] = True
+    #: Whether all of the original forward runs if one of the fused children may not be replaced.
+    whole: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Lets the errors of a forward name the module."""
+        """Lets the errors of a forward name the module, and a block that is still blocked go on to its own forward."""
         super().__init_subclass__(**kwargs)
+
+        def own(module: nn.Module) -> Callable[..., Any] | None:
+            return super(cls, module).forward if guard.still_blocked(module) else None  # type: ignore[misc]
+
         if method := cls.__dict__.get(cls.forward_method):
-            setattr(cls, cls.forward_method, error_notes.named(method))
+            setattr(cls, cls.forward_method, error_notes.named(method, own if cls.whole else None))
 
     @classmethod
     def unfused_class(cls) -> type[nn.Module]:
@@ -96,19 +102,10 @@ def children_of(block: Any) -> dict[str, Any]:
         return {name: getattr(block, name) for name in block.fused_children}
 
 
-def contains(module: nn.Module | None, wanted: Collection[nn.Module]) -> bool:
-    """Whether one of `wanted` is `module` or inside it. Module.modules() would take most of a guard's time."""
-    if module is None:
-        return False
-    return any(module is one for one in wanted) or any(contains(child, wanted) for child in module._modules.values())
-
-
-def _blocked(block: Any, x: Tensor, **children: nn.Module) -> bool:
+def _blocked(block: Any, x: Tensor, children: dict[str, Any]) -> bool:
     """Whether the block's own forward has to run. `children`: in the order of the forward, the last batch norm last."""
-    # The shortcut is computed first here and last in eager, which shows if both use one batch norm.
-    shared = contains(block.downsample, [*children.values()][-1:])
-    reason = reasons.because("shared-module", "batch norm shared with the shortcut") if shared else None
-    return guard.blocked(block, x, reason, **children) is not None
+    last = [*children.values()][-1:]
+    return guard.blocked(block, x, shortcut=block.downsample, once=last, **children) is not None
 
 
 class BasicBlockForward(FusedModule):
@@ -119,7 +116,7 @@ class BasicBlockForward(FusedModule):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         children = children_of(self)
-        if _blocked(self, x, **children):
+        if _blocked(self, x, children):
             return super().forward(x)  # type: ignore[misc]
         conv1, bn1, _, conv2, bn2 = children.values()
         fork: list[Tensor] = []
@@ -135,7 +132,7 @@ class BottleneckForward(FusedModule):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         children = children_of(self)
-        if _blocked(self, x, **children):
+        if _blocked(self, x, children):
             return super().forward(x)  # type: ignore[misc]
         conv1, bn1, _, conv2, bn2, conv3, bn3 = children.values()
         fork: list[Tensor] = []
@@ -186,6 +183,7 @@ class StemForward(FusedModule):
     )
     fused_children = ("bn1", "relu", "maxpool")
     adds = False
+    whole = False
     #: The children whose calls are replayed, and the forwards of the fused modules among them.
     parts: ClassVar[tuple[str, ...]] = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
     forwards: ClassVar[tuple[Any, ...]] = (
@@ -208,12 +206,14 @@ class StemForward(FusedModule):
         conv, bn, relu, maxpool = self.conv1, self.bn1, self.relu, self.maxpool
         if switches.reason(self, x) and guard.blocked(self, x):
             return maxpool(relu(bn(conv(x))))
-        y = sites.stem(self, x, conv, bn, relu, maxpool)
+        children = {"bn1": bn, "relu": relu, "maxpool": maxpool}
+        still = not torch.compiler.is_compiling() and guard.still_blocked(self)
+        y = None if still else sites.stem(self, x, conv, bn, relu, maxpool)
         if y is not None:
             return y
         # The input's dtype may be changed by conv1 (autocast): what counts is what batch norm gets.
         x = sites.convolution(conv, x)
-        if guard.blocked(self, x, bn1=bn, relu=relu, maxpool=maxpool) is None:
+        if not still and guard.blocked(self, x, **children) is None:
             return sites.bn_act_maxpool(bn, maxpool, x, act="relu")
         return maxpool(relu(bn(x)))
 

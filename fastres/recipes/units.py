@@ -12,7 +12,6 @@ import threading
 import types
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,13 +20,13 @@ from torch import Tensor, nn
 
 from fastres import batch_norm, guard, replay, sites
 from fastres.hooks import KINDS as HOOKS
-from fastres.kernels import extension
 from fastres.reasons import because
 from fastres.recipes import fused_class, norms, source, trace
 from fastres.recipes.patterns import Matched, match
 from fastres.recipes.residual import FusedModule
 from fastres.recipes.steps import Program
 from fastres.recipes.trace import Refused, Trace
+from fastres.snapshot import unchanged
 
 #: Traces of one module that are kept at a time, and that are made at all.
 KEPT, MADE = 8, 64
@@ -103,17 +102,14 @@ class Guard:
         modules = (*whole, *called)
         views = [view for m in whole for view in (m.__dict__, m._modules)]
         views += [m.__dict__[hooks] for m in modules for hooks in HOOKS]
-        expected = tuple(chain.from_iterable(chain.from_iterable(view.items() for view in views)))
-        dicts = tuple(m.__dict__ for m in modules)
-        self._attributes = (modules, tuple(type(m) for m in modules), dicts, tuple(views), expected)
+        self._attributes_hold = unchanged(modules, views)
         self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(map(trace.unfused, modules))]
         self._called = [m.__dict__ for m in called]
         self._outer = outer
 
     def valid(self) -> bool:
-        same = extension.same_attributes if extension.available() else _same_attributes
         return (
-            same(*self._attributes)
+            self._attributes_hold()
             and nn.Module.__call__ is _CALL
             and all(kind.forward is forward for kind, forward in self._forwards)
             and not any("forward" in attributes for attributes in self._called)
@@ -233,15 +229,6 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif type(value) in (list, tuple):
             yield from _tensors(value)
-
-
-def _same_attributes(modules: Any, kinds: Any, dicts: Any, views: Any, expected: Any) -> bool:
-    now = [*chain.from_iterable(chain.from_iterable(view.items() for view in views))]
-    return (
-        all(type(m) is kind and m.__dict__ is own for m, kind, own in zip(modules, kinds, dicts, strict=True))
-        and len(now) == len(expected)
-        and all(a is b for a, b in zip(now, expected, strict=True))
-    )
 
 
 class _Known:
