@@ -33,8 +33,8 @@ def fuse_(model: nn.Module, *, memory: str | None = None, example: Any = None) -
     decides whether the fast path is legal now; where it is not, its original forward runs.
 
     Args:
-        model: any module. fastres.models and torchvision's ResNet, ResNeXt and Wide ResNet are known; the rest is left
-        alone.
+        model: any module. The blocks of fastres.models and of torchvision's ResNet, ResNeXt and Wide ResNet are known;
+            modules of other classes are traced (docs/recipes.md); what cannot be traced is left alone.
         memory: "low": a training step keeps less for its backward pass. For each block is chosen whether the outputs of
             its convolutions are computed again there, bit for bit, with the statistics of forward; where blocks without
             a projection follow each other, the output of every second one too. "fast": as without it. None: what the

@@ -36,4 +36,5 @@ def _same_in_python(modules: Any, kinds: Any, dicts: Any, views: Any, expected: 
     )
 
 
-_same = sys.modules["fastres._C"].same_attributes if extension.available() else _same_in_python
+_compiled = sys.modules["fastres._C"] if extension.available() else None
+_same = getattr(_compiled, "same_attributes", _same_in_python)

@@ -133,7 +133,7 @@ def test_no_trace(mode):
     outcomes = []
     for every in (None, 1):
         one = copy.deepcopy(model)
-        handle = None if every is None else fastres.canary(one, every)
+        handle = None if every is None else fastres.canary(one, every, seed=0)
         torch.manual_seed(5)
         with torch.set_grad_enabled(mode in ("train", "eval")), torch.inference_mode(mode == "inference_mode"):
             ys = [one(x) for x in torch.randn(5, 2, 3, 32, 32)]

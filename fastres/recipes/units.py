@@ -276,10 +276,10 @@ def plan_for(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def plan_of(module: nn.Module, opener: Opener | None = None, call: Call | None = None) -> Plan | Refusal:
     """The plan that holds for `module` now, or why there is none. Without a call: one that no tensor is given to for an
-    argument with a default."""
+    argument with a default; with an opener, which reports ask with, the oldest, the one of the first report."""
     known = _known.get(module)
     if known is not None:
-        for found in known.found:
+        for found in known.found if opener is None else reversed(known.found):
             if (not found.given if call is None else found.fits(call)) and found.guard.valid():
                 return found
     if module.__dict__.get("_is_replica"):
