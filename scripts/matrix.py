@@ -29,7 +29,7 @@ import dev
 MATRIX = {"oldest": "torch==2.11.0", "default": dev.TORCH, "newest": "torch<2.15"}
 HOME = dev.ROOT / ".venv-matrix"
 COPIED = ("tests", "benchmarks", "csrc", "docs", "scripts", "pyproject.toml", "README.md")
-IGNORED = ("tests/test_setup.py",)  # tests the checkout, whichever the PyTorch
+IGNORED = ("tests/test_setup.py", "tests/test_dev.py")  # tests the checkout, whichever the PyTorch
 
 
 def environment(name: str) -> str:
