@@ -19,7 +19,7 @@ PACKAGE = Path(fastres.__file__).parent
 #: Lowest first. A module may import from its own layer and from those below.
 LAYERS = (
     ("errors", "error_notes", "hooks", "config", "reasons", "observe", "layout"),
-    ("reference", "reference_join", "synchronised_reference"),
+    ("reference", "reference_algebraic", "reference_join", "reference_pool", "synchronised_reference"),
     ("kernels",),
     ("ops",),
     ("arguments", "memory", "running_statistics", "snapshot"),

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastres import reference, reference_join, synchronised_reference
+from fastres import reference, reference_algebraic, reference_join, reference_pool, synchronised_reference
 from fastres.kernels import choices, convolution, cpu, cuda, cudnn, onednn, persistent, triton
 
 
@@ -52,9 +52,12 @@ class Kernel:
     method: Callable[..., str] = lambda *args: ""
 
 
+_REFERENCES = (reference, reference_join, reference_pool, reference_algebraic)
+
+
 def _reference(op: str) -> Kernel:
-    module = reference if hasattr(reference, op) else reference_join
-    return Kernel("reference", getattr(module, op), lambda: None, lambda *args: None)
+    run = next(getattr(module, op) for module in _REFERENCES if hasattr(module, op))
+    return Kernel("reference", run, lambda: None, lambda *args: None)
 
 
 def _cpu(op: str) -> Kernel:
