@@ -25,10 +25,10 @@ static bool gemm_pack(const WeightView& w, int64_t taps, const int64_t* r, const
   return largest < 0x7f800000;
 }
 
-// Of an fp32 y.
+// Of an fp32 y; values [from, to) of each tap.
 template <int NV>
-FASTRES_INLINE void gemm_panel(const GemmConv& p, int64_t panel, int64_t count, const float* const* rows,
-                               const int64_t* places) {
+FASTRES_INLINE void gemm_panel(const GemmConv& p, int64_t panel, int64_t count, const float* const* rows, int64_t from,
+                               int64_t to, const int64_t* places) {
   const int64_t first = panel * kPanel;
   const float* weight = p.weight + first * p.taps * p.depth;
   const float* residual = static_cast<const float*>(p.epilogue.residual);
@@ -38,8 +38,8 @@ FASTRES_INLINE void gemm_panel(const GemmConv& p, int64_t panel, int64_t count, 
   vf bias[NV];
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) bias[v] = p.epilogue.bias ? load(p.epilogue.bias + first + v * W) : vf{};
-  for_each_tile(count, [&](int64_t i, int64_t height) {
-    tile_of_rows<NV>(height, rows + i, count, p.taps, p.depth, weight, [&](int r, int v, vf sum) {
+  for_each_tile(count, [&](int64_t i, int64_t height) __attribute__((always_inline)) {
+    tile_of_rows<NV>(height, rows + i, count, p.taps, from, to, weight, [&](int r, int v, vf sum) {
       const int64_t place = places[i + r] + first + v * W;
       sum += bias[v];
       if (v == NV - 1 && last_lanes < W) {
@@ -81,12 +81,31 @@ static void sum_panel(const GemmConv& p, int64_t panel, int64_t count, const int
   });
 }
 
-static void gemm_panels(const GemmConv& p, int64_t first, int64_t last, int64_t count, const float* const* rows,
-                        const int64_t* places) {
-  for (int64_t panel = first; panel < last; ++panel) {
-    with_vectors(panel_vectors(p.channels, panel),
-                 [&](auto vectors) { gemm_panel<decltype(vectors)::n>(p, panel, count, rows, places); });
-    if (p.sums) sum_panel<float>(p, panel, count, places);
+static __attribute__((noinline)) void any_panel(const GemmConv& p, int64_t panel, int64_t count,
+                                                const float* const* rows, int64_t from, int64_t to,
+                                                const int64_t* places) {
+  with_vectors(panel_vectors(p.channels, panel),
+               [&](auto vectors) { gemm_panel<decltype(vectors)::n>(p, panel, count, rows, from, to, places); });
+}
+
+// One panel with its bias into sums [pixel][kPanel], kSummed products at a time: those of several taps, or of a part of one.
+static void sum_in_blocks(const GemmConv& p, int64_t panel, int64_t count, const float* const* rows,
+                          const int64_t* places, float* sums) {
+  const int64_t first = panel * kPanel, together = p.depth < kSummed ? kSummed / p.depth : 1;
+  GemmConv block = p;
+  block.channels = panel_vectors(p.channels, panel) * W;  // whole vectors: there is room for them
+  block.weight += first * p.taps * p.depth;
+  block.y = sums;
+  for (int64_t tap = 0, from = 0; tap < p.taps;) {
+    block.taps = p.taps - tap < together ? p.taps - tap : together;
+    const int64_t to = p.depth - from < kSummed ? p.depth : from + kSummed;
+    const bool last = tap + block.taps == p.taps && to == p.depth;
+    block.epilogue = {last && p.epilogue.bias ? p.epilogue.bias + first : nullptr, tap + from > 0 ? sums : nullptr,
+                      false};
+    any_panel(block, 0, count, rows + tap * count, from, to, places);
+    block.weight += block.taps * (to - from) * block.channels;
+    from = to == p.depth ? 0 : to;
+    if (from == 0) tap += block.taps;
   }
 }
 
@@ -130,7 +149,7 @@ static void store_panel(const GemmConv& p, int64_t panel, int64_t count, const f
   }
 }
 
-// Other types than fp32 are converted in blocks that stay in the cache, so the products have one form.
+// Other types than fp32 are converted in blocks of pixels that stay in the cache, so the products have one form.
 static void gemm_run(const GemmConv& p, int64_t begin, int64_t end, int64_t first, int64_t last, const void** table,
                      float* scratch) {
   const int64_t count = end - begin, plane = p.grid_height * p.grid_width;
@@ -158,20 +177,18 @@ static void gemm_run(const GemmConv& p, int64_t begin, int64_t end, int64_t firs
     scratch += p.taps * count * p.depth;
   }
   const float* const* rows = reinterpret_cast<const float* const*>(table);
-  if (p.y_dtype == 0) return gemm_panels(p, first, last, count, rows, places);
   int64_t* scratch_places = places + count;
   for (int64_t i = 0; i < count; ++i) scratch_places[i] = i * kPanel;
+  const bool direct = p.y_dtype == 0 && !gemm_in_blocks(p);
   for (int64_t panel = first; panel < last; ++panel) {
-    GemmConv part = p;  // from this panel on
-    part.channels -= panel * kPanel;
-    part.weight += panel * kPanel * p.taps * p.depth;
-    part.epilogue = {p.epilogue.bias ? p.epilogue.bias + panel * kPanel : nullptr, nullptr, false};
-    part.y = scratch;
-    part.sums = nullptr;
-    gemm_panels(part, 0, 1, count, rows, scratch_places);
+    if (direct) {
+      any_panel(p, panel, count, rows, 0, p.depth, places);
+    } else {
+      sum_in_blocks(p, panel, count, rows, scratch_places, scratch);
+    }
     with_storage(p.y_dtype, [&](auto t) {
       using T = typename decltype(t)::type;
-      store_panel<T>(p, panel, count, scratch, places);
+      if (!direct) store_panel<T>(p, panel, count, scratch, places);
       if (p.sums) sum_panel<T>(p, panel, count, places);
     });
   }

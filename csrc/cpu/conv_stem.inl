@@ -218,7 +218,7 @@ static void stem_gradient(const StemConv& p, const float* const* rows, const flo
           for_each_tile(stem_depth(p, point), [&](int64_t k, int64_t height) {
             const float* lines[kTileRows];
             for (int r = 0; r < height; ++r) lines[r] = values + (k + r) * line;
-            tile_of_rows<NV>(height, lines, 0, 1, p.tiles, m + point * p.tiles * NV * W, [&](int r, int v, vf sum) {
+            tile_of_rows<NV>(height, lines, 0, 1, 0, p.tiles, m + point * p.tiles * NV * W, [&](int r, int v, vf sum) {
               float* place = to + ((k + r) * NV + v) * W;
               store(place, load(place) + sum);
             });

@@ -8,16 +8,16 @@ constexpr int kPanel = kTileVectors * W;
 // faster with it (Zen 3). At batch 16 it makes no difference or costs a per cent.
 constexpr int64_t kAhead = 128;
 
-// sums[r][v] = sum over taps and k of rows[tap * row_stride + r][k] * b[tap][k][v]; then finish(r, v, sum).
+// sums[r][v] = sum over taps and first <= k < last of rows[tap * row_stride + r][k] * b[tap][k][v]; then finish(r, v, sum).
 template <int R, int NV, class Finish>
-FASTRES_INLINE void tile(const float* const* rows, int64_t row_stride, int64_t taps, int64_t depth, const float* b,
-                         const Finish& finish) {
+FASTRES_INLINE void tile(const float* const* rows, int64_t row_stride, int64_t taps, int64_t first, int64_t last,
+                         const float* b, const Finish& finish) {
   vf sums[R][NV] = {};
   for (int64_t tap = 0; tap < taps; ++tap) {
     const float* a[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) a[r] = rows[tap * row_stride + r];
-    for (int64_t k = 0; k < depth; ++k, b += NV * W) {
+    for (int64_t k = first; k < last; ++k, b += NV * W) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v += 16 / W) __builtin_prefetch(b + (kAhead * NV + v) * W);
       vf column[NV];
@@ -53,15 +53,15 @@ FASTRES_INLINE void for_each_tile(int64_t count, const F& f) {
 
 template <int NV, class Finish>
 FASTRES_INLINE void tile_of_rows(int64_t count, const float* const* rows, int64_t row_stride, int64_t taps,
-                                 int64_t depth, const float* b, const Finish& finish) {
+                                 int64_t first, int64_t last, const float* b, const Finish& finish) {
   static_assert(kTileRows == 6);
   switch (count) {
-    case 1: return tile<1, NV>(rows, row_stride, taps, depth, b, finish);
-    case 2: return tile<2, NV>(rows, row_stride, taps, depth, b, finish);
-    case 3: return tile<3, NV>(rows, row_stride, taps, depth, b, finish);
-    case 4: return tile<4, NV>(rows, row_stride, taps, depth, b, finish);
-    case 5: return tile<5, NV>(rows, row_stride, taps, depth, b, finish);
-    default: return tile<6, NV>(rows, row_stride, taps, depth, b, finish);
+    case 1: return tile<1, NV>(rows, row_stride, taps, first, last, b, finish);
+    case 2: return tile<2, NV>(rows, row_stride, taps, first, last, b, finish);
+    case 3: return tile<3, NV>(rows, row_stride, taps, first, last, b, finish);
+    case 4: return tile<4, NV>(rows, row_stride, taps, first, last, b, finish);
+    case 5: return tile<5, NV>(rows, row_stride, taps, first, last, b, finish);
+    default: return tile<6, NV>(rows, row_stride, taps, first, last, b, finish);
   }
 }
 

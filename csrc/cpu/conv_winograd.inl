@@ -295,7 +295,7 @@ static bool winograd_multiply(const WinogradConv& p, int64_t first, int64_t grou
           for_each_tile(group, [&](int64_t t, int64_t height) {
             const float* rows[kTileRows];
             for (int r = 0; r < height; ++r) rows[r] = a + (t + r) * channels;
-            tile_of_rows<NV>(height, rows, 0, 1, channels, weight,
+            tile_of_rows<NV>(height, rows, 0, 1, 0, channels, weight,
                              [&](int r, int i, vf sum) { store(out + ((t + r) * NV + i) * W, sum); });
           });
         });
