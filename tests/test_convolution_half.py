@@ -175,7 +175,13 @@ def test_same_for_all_numbers_of_threads(conv, threads):
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("resnet18", "infer"), ("resnet18", "train"), ("resnet18", "autocast"), ("resnet50", "train")]
+    ("name", "mode"),
+    [
+        ("resnet18", "infer"),
+        ("resnet18", "train"),
+        ("resnet18", "autocast"),
+        pytest.param("resnet50", "train", marks=pytest.mark.slow),
+    ],
 )
 def test_networks_in_bf16_run_by_our_own_convolutions(name, mode):
     """Logits, or the gradient of all weights together, at most twice as wrong as eager's."""

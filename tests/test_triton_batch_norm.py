@@ -42,9 +42,9 @@ def test_add_act(case, relu):
     [
         ((3, 2, 1), True, True),
         ((3, 2, 1), False, True),
-        ((3, 2, 1), True, False),
+        pytest.param((3, 2, 1), True, False, marks=pytest.mark.slow),
         ((2, 2, 0), True, True),
-        ((3, 1, 1), True, True),
+        pytest.param((3, 1, 1), True, True, marks=pytest.mark.slow),
     ],
     ids=str,
 )
