@@ -201,9 +201,8 @@ def _in_float32(oracle: nn.Module, plain: nn.Module, fused: nn.Module, x: Tensor
         truth = _run(oracle.train(training), Call((x.double(),), {}), training)
         eager = {layout: _run_in(plain.train(training), layout, x, training) for layout in LAYOUTS}
         witnesses = list(eager.values())
-        if not training:
-            with PackedConvolutions():
-                witnesses.append(_run_in(plain, "contiguous", x, training))
+        with torch.backends.mkldnn.flags(enabled=False) if training else PackedConvolutions():  # a third opinion
+            witnesses.append(_run_in(plain, "contiguous", x, training))
         reasons: dict[nn.Module, str | None] = {}
         for layout in LAYOUTS:
             with observe.listening(reasons.__setitem__) if training else nullcontext():  # a listener rules replays out

@@ -96,9 +96,10 @@ static void sum_in_blocks(const GemmConv& p, int64_t panel, int64_t count, const
   block.channels = panel_vectors(p.channels, panel) * W;  // whole vectors: there is room for them
   block.weight += first * p.taps * p.depth;
   block.y = sums;
-  for (int64_t tap = 0, from = 0; tap < p.taps;) {
+  int64_t tap = 0, from = 0;
+  do {  // at least once: the data gradient of a stride has outputs without a tap
     block.taps = p.taps - tap < together ? p.taps - tap : together;
-    const int64_t to = p.depth - from < kSummed ? p.depth : from + kSummed;
+    const int64_t to = p.taps == 0 || p.depth - from < kSummed ? p.depth : from + kSummed;
     const bool last = tap + block.taps == p.taps && to == p.depth;
     block.epilogue = {last && p.epilogue.bias ? p.epilogue.bias + first : nullptr, tap + from > 0 ? sums : nullptr,
                       false};
@@ -106,7 +107,7 @@ static void sum_in_blocks(const GemmConv& p, int64_t panel, int64_t count, const
     block.weight += block.taps * (to - from) * block.channels;
     from = to == p.depth ? 0 : to;
     if (from == 0) tap += block.taps;
-  }
+  } while (tap < p.taps);
 }
 
 // Replaces rows of T by fp32 copies of them: of all values from the first of them to the last, because rows overlap, or of each

@@ -295,8 +295,13 @@ static bool winograd_multiply(const WinogradConv& p, int64_t first, int64_t grou
           for_each_tile(group, [&](int64_t t, int64_t height) {
             const float* rows[kTileRows];
             for (int r = 0; r < height; ++r) rows[r] = a + (t + r) * channels;
-            tile_of_rows<NV>(height, rows, 0, 1, 0, channels, weight,
-                             [&](int r, int i, vf sum) { store(out + ((t + r) * NV + i) * W, sum); });
+            for (int64_t from = 0; from < channels; from += kSummed) {
+              const int64_t to = channels - from < kSummed ? channels : from + kSummed;
+              tile_of_rows<NV>(height, rows, 0, 1, from, to, weight + from * NV * W, [&](int r, int i, vf sum) {
+                float* place = out + ((t + r) * NV + i) * W;
+                store(place, from > 0 ? load(place) + sum : sum);
+              });
+            }
           });
         });
       }
