@@ -201,8 +201,9 @@ def _in_float32(oracle: nn.Module, plain: nn.Module, fused: nn.Module, x: Tensor
         truth = _run(oracle.train(training), Call((x.double(),), {}), training)
         eager = {layout: _run_in(plain.train(training), layout, x, training) for layout in LAYOUTS}
         witnesses = list(eager.values())
-        with torch.backends.mkldnn.flags(enabled=False) if training else PackedConvolutions():  # a third opinion
-            witnesses.append(_run_in(plain, "contiguous", x, training))
+        for other in (torch.backends.mkldnn.flags(enabled=False), *(() if training else (PackedConvolutions(),))):
+            with other:
+                witnesses.append(_run_in(plain, "contiguous", x, training))
         reasons: dict[nn.Module, str | None] = {}
         for layout in LAYOUTS:
             with observe.listening(reasons.__setitem__) if training else nullcontext():  # a listener rules replays out
