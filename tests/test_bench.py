@@ -308,7 +308,6 @@ class Missing(Eager):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_contender_that_fails_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the contenders' processes import this file
     monkeypatch.setitem(sys.modules, "test_bench", sys.modules[__name__])

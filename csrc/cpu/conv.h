@@ -62,7 +62,7 @@ struct GemmConvKernels {
               float* scratch);
 };
 // So many products are added to one another before they are added to the rest: the error of one long sum of values that have a mean
-// grows with its length (960 input channels: 2.2 times that of oneDNN, which sums in blocks as well).
+// grows with its length. oneDNN sums in blocks as well.
 constexpr int64_t kSummed = 256;
 inline bool gemm_in_blocks(const GemmConv& conv) { return conv.taps * conv.depth > kSummed; }
 // The fp32 copies of what `pixels` pixels read, and the sums of a panel for them that are not what is stored.

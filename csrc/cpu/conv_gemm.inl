@@ -81,6 +81,7 @@ static void sum_panel(const GemmConv& p, int64_t panel, int64_t count, const int
   });
 }
 
+// One copy for both callers: of two, compilers make smaller ones, in which the loop over the tiles is a call.
 static __attribute__((noinline)) void any_panel(const GemmConv& p, int64_t panel, int64_t count,
                                                 const float* const* rows, int64_t from, int64_t to,
                                                 const int64_t* places) {
